@@ -1,0 +1,92 @@
+"""The public operation and the choice of its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jax import Array
+from jaxtyping import Float
+
+from seqeff_kernels.range_attention import cudnn, reference, xla
+from seqeff_kernels.range_attention.sources import Source
+
+Backend = Literal["auto", "reference", "xla", "cudnn"]
+
+_BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
+
+
+def range_attention(
+    queries: Float[Array, "batch rows heads head_dim"],
+    sources: Sequence[Source],
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
+    """Attends, in one softmax, the union of each row's ranges in the sources.
+
+    With `S_i` the entries that row i attends, over all sources, `q` its query (the source's own
+    where it brings one) and `s_e = scale * q . k_e`:
+
+        logsumexp_i = log sum_{e in S_i} exp(s_e)
+        output_i = sum_{e in S_i} exp(s_e - logsumexp_i) v_e
+
+    A row that attends nothing gives output 0, logsumexp -inf and no gradient. Scores, softmax and
+    logsumexp are float32; the weights are cast to the values' dtype for the second product.
+    Gradients reach the queries, the sources' own queries, keys and values; a row's result does
+    not depend on the other rows of the batch, bit for bit.
+
+    Args:
+      queries: heads are a multiple of the sources' KV heads; heads of one KV head are adjacent.
+      sources: one or more, all of the queries' head_dim and of one number of KV heads.
+      scale: of the scores; None: `head_dim ** -0.5`.
+      backend: `auto` takes a GPU kernel only for what it is tested on, else the portable form.
+
+    Returns:
+      output, of the queries' dtype, and logsumexp, float32.
+
+    Raises:
+      ValueError: a shape does not fit, or the backend asked for cannot serve; says why.
+    """
+    sources = tuple(sources)
+    _check(queries, sources)
+    if backend == "auto":
+        chosen = xla if cudnn.obstacle(queries, sources) else cudnn
+    elif backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
+    else:
+        chosen = _BACKENDS[backend]
+        obstacle = chosen.obstacle(queries, sources)
+        if obstacle:
+            raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
+    scale = queries.shape[-1] ** -0.5 if scale is None else float(scale)
+    return chosen.attend(queries, sources, scale)
+
+
+def explain(
+    queries: Float[Array, "batch rows heads head_dim"], sources: Sequence[Source]
+) -> dict[str, str]:
+    """For every backend, 'available' or why it cannot serve this attention here.
+
+    Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
+    """
+    sources = tuple(sources)
+    _check(queries, sources)
+    return {
+        name: backend.obstacle(queries, sources) or "available"
+        for name, backend in _BACKENDS.items()
+    }
+
+
+def _check(queries: Array, sources: tuple[Source, ...]) -> None:
+    if queries.ndim != 4:
+        raise ValueError(
+            f"queries has shape {queries.shape}; give (batch, rows, heads, head_dim)"
+        )
+    if not sources:
+        raise ValueError("range_attention needs at least one source")
+    for index, source in enumerate(sources):
+        source.check(queries, f"sources[{index}]")
+    kv_heads = {source.keys.shape[2] for source in sources}
+    if len(kv_heads) > 1:
+        raise ValueError(f"the sources have different numbers of KV heads: {sorted(kv_heads)}")

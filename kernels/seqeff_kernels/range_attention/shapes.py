@@ -1,0 +1,92 @@
+"""Named shapes of separator attention, and inputs for them, for tests, tuning and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, DTypeLike, Float, Int
+
+from seqeff_kernels.range_attention.packing import gather, pack
+from seqeff_kernels.range_attention.sources import RangeSource, TokenSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A call of separator attention.
+
+    Attributes:
+      length: tokens in a row of the batch.
+      density: the fraction of tokens that are separators; 0.1152 is that of the Pile with the
+        SepLLM paper's list.
+      initial: tokens at the beginning that every later token attends.
+      window: nearest tokens that a token attends, itself included.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    density: float = 0.1152
+    initial: int = 3
+    window: int = 64
+
+
+SHAPES = {
+    "quickstart": Shape(batch=16, length=256, heads=4, kv_heads=4, head_dim=64),
+    "odd": Shape(batch=2, length=1000, heads=4, kv_heads=2, head_dim=16, window=63),
+    "multi-query": Shape(batch=3, length=63, heads=4, kv_heads=1, head_dim=8, window=7),
+    "pythia-160m-2k": Shape(batch=16, length=2048, heads=12, kv_heads=12, head_dim=64),
+    "pythia-160m-8k": Shape(batch=4, length=8192, heads=12, kv_heads=12, head_dim=64),
+    "pythia-160m-32k": Shape(batch=1, length=32768, heads=12, kv_heads=12, head_dim=64),
+    "grouped-2k": Shape(batch=16, length=2048, heads=32, kv_heads=8, head_dim=128),
+    "grouped-8k": Shape(batch=4, length=8192, heads=32, kv_heads=8, head_dim=128),
+    "grouped-32k": Shape(batch=1, length=32768, heads=32, kv_heads=8, head_dim=128),
+    "wide-2k": Shape(batch=16, length=2048, heads=16, kv_heads=16, head_dim=128),
+    "wide-8k": Shape(batch=4, length=8192, heads=16, kv_heads=16, head_dim=128),
+    "wide-32k": Shape(batch=1, length=32768, heads=16, kv_heads=16, head_dim=128),
+    "wide-128k": Shape(batch=1, length=131072, heads=16, kv_heads=16, head_dim=128),
+}
+
+
+def tokens(
+    shape: Shape, seed: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[
+    Float[Array, "batch length heads head_dim"],
+    Float[Array, "batch length kv_heads head_dim"],
+    Float[Array, "batch length kv_heads head_dim"],
+    Bool[Array, "batch length"],
+]:
+    """Random queries, keys and values, and which tokens are initial or separators."""
+    *seeds, chosen_seed = jax.random.split(jax.random.key(seed), 4)
+    queries, keys, values = (
+        jax.random.normal(s, (shape.batch, shape.length, heads, shape.head_dim), dtype)
+        for s, heads in zip(seeds, (shape.heads, shape.kv_heads, shape.kv_heads), strict=True)
+    )
+    chosen = jax.random.bernoulli(chosen_seed, shape.density, (shape.batch, shape.length))
+    return queries, keys, values, chosen.at[:, : shape.initial].set(True)
+
+
+def separator_sources(
+    keys: Float[Array, "batch length kv_heads head_dim"],
+    values: Float[Array, "batch length kv_heads head_dim"],
+    chosen: Bool[Array, "batch length"],
+    window: int,
+    document_start: Int[Array, "batch length"] | None = None,
+) -> tuple[RangeSource, TokenSource]:
+    """SepLLM's attention: the chosen tokens at or before `i - window`, packed, and the window."""
+    packed = pack(chosen)
+    counts = jnp.pad(packed.count, ((0, 0), (1, 0)))  # counts[t] of them lie before token t
+    far = jnp.maximum(jnp.arange(keys.shape[1]) - window + 1, 0)
+    end = counts[:, far]
+    if document_start is None:
+        start = jnp.zeros_like(end)
+    else:
+        start = jnp.take_along_axis(counts, document_start, axis=1)
+    return (
+        RangeSource(gather(keys, packed), gather(values, packed), start, end),
+        TokenSource(keys, values, document_start, window),
+    )

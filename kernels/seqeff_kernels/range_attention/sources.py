@@ -1,0 +1,156 @@
+"""Sources: lists of keys and values of which every query row attends one contiguous range."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RangeSource:
+    """Entries in a chosen order; row i attends the entries `[start_i, end_i)`.
+
+    Neither bound may decrease along the rows; `end_i <= start_i` is an empty range. Bounds are
+    given per row of the batch, or per row and KV head. `queries` replaces the call's queries for
+    this source, such as queries rotated by other positions.
+
+    Entries that lie in no row's range may hold anything, NaN included.
+    """
+
+    keys: Float[Array, "batch entries kv_heads head_dim"]
+    values: Float[Array, "batch entries kv_heads head_dim"]
+    start: Int[Array, "batch rows"] | Int[Array, "batch kv_heads rows"]
+    end: Int[Array, "batch rows"] | Int[Array, "batch kv_heads rows"]
+    queries: Float[Array, "batch rows heads head_dim"] | None = None
+
+    def attends_every_entry(self, rows: int) -> bool:
+        """Whether shapes alone say that each entry lies in the range of one of `rows` rows."""
+        del rows
+        return False
+
+    def bounds(
+        self, rows: int
+    ) -> tuple[Int[Array, "batch kv_heads_or_1 rows"], Int[Array, "batch kv_heads_or_1 rows"]]:
+        """Start and end of every row's range, within `[0, entries]`."""
+        del rows
+        start, end = (b[:, None] if b.ndim == 2 else b for b in (self.start, self.end))
+        return _clip(start, self), _clip(end, self)
+
+    def check(self, queries: Float[Array, "batch rows heads head_dim"], name: str) -> None:
+        """Raises ValueError, naming the source, if one of its shapes does not fit `queries`."""
+        _check_entries(self, queries, name)
+        batch, rows = queries.shape[:2]
+        shapes = ((batch, rows), (batch, self.keys.shape[2], rows))
+        for field in ("start", "end"):
+            _check_integers(getattr(self, field), shapes, f"{name}.{field}")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenSource:
+    """The tokens' own keys and values; row i is token `t = row_offset + i`.
+
+    Row i attends the tokens `[max(document_start_i, t - window + 1), t + 1)`. The bounds are
+    described, not listed, so that a backend can recognise dense causal attention and pure windows
+    while it traces.
+
+    Attributes:
+      document_start: index of the first token of row i's document; None: nothing separates tokens.
+      window: how many tokens a row attends, itself included; None: all earlier ones.
+      row_offset: token index of row 0, one for all or one for each row of the batch, when the
+        rows are a suffix of the tokens or one of them, as in decoding. None is 0.
+      queries: replaces the call's queries for this source.
+    """
+
+    keys: Float[Array, "batch entries kv_heads head_dim"]
+    values: Float[Array, "batch entries kv_heads head_dim"]
+    document_start: Int[Array, "batch rows"] | None = None
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    row_offset: int | Int[Array, ""] | Int[Array, "batch"] | None = None
+    queries: Float[Array, "batch rows heads head_dim"] | None = None
+
+    @property
+    def begins_at_first_token(self) -> bool:
+        """Whether row 0 is token 0, known while tracing."""
+        offset = self.row_offset
+        return offset is None or (isinstance(offset, int) and offset == 0)
+
+    def attends_every_entry(self, rows: int) -> bool:
+        """Whether shapes alone say that each entry lies in the range of one of `rows` rows."""
+        # left padding has document_start > t, which leaves entries that no row attends
+        return (
+            self.begins_at_first_token
+            and self.document_start is None
+            and rows == self.keys.shape[1]
+        )
+
+    def bounds(
+        self, rows: int
+    ) -> tuple[Int[Array, "batch_or_1 1 rows"], Int[Array, "batch_or_1 1 rows"]]:
+        """Start and end of every row's range, within `[0, entries]`."""
+        offset = jnp.asarray(0 if self.row_offset is None else self.row_offset, jnp.int32)
+        token = offset.reshape(-1, 1, 1) + jnp.arange(rows, dtype=jnp.int32)
+        start = jnp.zeros_like(token) if self.window is None else token - (self.window - 1)
+        if self.document_start is not None:
+            start = jnp.maximum(start, self.document_start[:, None])
+        return _clip(start, self), _clip(token + 1, self)
+
+    def check(self, queries: Float[Array, "batch rows heads head_dim"], name: str) -> None:
+        """Raises ValueError, naming the source, if one of its shapes does not fit `queries`."""
+        _check_entries(self, queries, name)
+        batch, rows = queries.shape[:2]
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"{name}.window is {self.window}; give at least 1, or None for all")
+        if self.document_start is not None:
+            _check_integers(self.document_start, ((batch, rows),), f"{name}.document_start")
+        if self.row_offset is not None:
+            offset = jnp.asarray(self.row_offset)
+            _check_integers(offset, ((), (batch,)), f"{name}.row_offset")
+        elif rows > self.keys.shape[1]:
+            raise ValueError(
+                f"{name} has {self.keys.shape[1]} tokens for {rows} rows; "
+                "without row_offset every row is one of the tokens"
+            )
+
+
+Source = RangeSource | TokenSource
+
+
+def _clip(bound: Array, source: Source) -> Array:
+    return jnp.clip(bound, 0, source.keys.shape[1]).astype(jnp.int32)
+
+
+def _check_integers(array: Array, shapes: tuple[tuple[int, ...], ...], name: str) -> None:
+    if array.shape not in shapes or not jnp.issubdtype(array.dtype, jnp.integer):
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}; give integers of {expected}"
+        )
+
+
+def _check_entries(source: Source, queries: Array, name: str) -> None:
+    batch, rows, heads, head_dim = queries.shape
+    if source.keys.ndim != 4 or source.keys.shape != source.values.shape:
+        raise ValueError(
+            f"{name}.keys and values have shapes {source.keys.shape} and {source.values.shape}; "
+            "give both as (batch, entries, kv_heads, head_dim)"
+        )
+    if source.keys.shape[0] != batch or source.keys.shape[3] != head_dim:
+        raise ValueError(
+            f"{name}.keys has shape {source.keys.shape}; the queries' batch is {batch} and their "
+            f"head_dim {head_dim}"
+        )
+    if source.keys.shape[1] == 0:
+        raise ValueError(f"{name} has no entries; leave the source out")
+    if heads % source.keys.shape[2]:
+        raise ValueError(f"{name}: {heads} heads do not divide into {source.keys.shape[2]} KV heads")
+    if source.queries is not None and source.queries.shape != queries.shape:
+        raise ValueError(
+            f"{name}.queries has shape {source.queries.shape}; the call's has {queries.shape}"
+        )

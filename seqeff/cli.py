@@ -1,0 +1,309 @@
+"""The command line: `seqeff train | eval | generate | info | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seqeff.checks import UserError, flatten
+
+if TYPE_CHECKING:
+    from seqeff.config import LoadedConfig
+    from seqeff.runs import RunDirectory
+
+_OVERRIDES = "any number of --gin.NAME=VALUE change bindings of the config"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for a mistake of the user's."""
+    # a host's log lines about its devices would tear the progress bar
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        from seqeff.config import split_overrides
+
+        overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        options = _parser().parse_args(rest)
+        if overrides and not options.takes_overrides:
+            raise UserError(f"seqeff {options.command} takes no --gin overrides")
+        return options.run(options, overrides)
+    except UserError as error:
+        print(f"seqeff: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="seqeff",
+        description="Language models that spend less per token of context.",
+        epilog=_OVERRIDES,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str, overrides: bool = False) -> argparse.ArgumentParser:
+        epilog = _OVERRIDES if overrides else None
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        sub.set_defaults(run=run, takes_overrides=overrides)
+        return sub
+
+    train = command("train", _train, "Train from a gin config, or go on with a run.", True)
+    train.add_argument("config", type=Path, help="a gin file, such as configs/quickstart.gin")
+    train.add_argument(
+        "--run-dir",
+        type=Path,
+        help="where the run is kept; one that exists is resumed (default: a new one under runs/)",
+    )
+    train.add_argument("--dry-run", action="store_true", help="sizes and costs, no training")
+    _add_checkpoint(train)
+
+    evaluate = command("eval", _evaluate, "Score a run on its held-out documents.")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
+    _add_checkpoint(evaluate)
+
+    generate = command("generate", _generate, "Continue a prompt with a run's model.")
+    generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--tokens", type=_positive, default=200, help="at most (default: 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
+    generate.add_argument("--top-k", type=_positive, help="draw among the likeliest (default: all)")
+    generate.add_argument("--seed", type=int, default=0)
+    _add_checkpoint(generate)
+
+    command("info", _info, "Which methods, backends and devices are available here, and why not.")
+
+    bench = command("bench", _bench, "Measure speed on this machine, as JSON.", True)
+    bench.add_argument("what", choices=("train", "data"))
+    bench.add_argument("configs", nargs="*", type=Path, help="for train: gin files, one row each")
+    bench.add_argument("--steps", type=_positive, default=20, help="timed steps (default: 20)")
+    bench.add_argument("--json", type=Path, help="write the results to this file")
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from seqeff import training
+    from seqeff.runs import RunDirectory
+
+    resumed = RunDirectory(options.run_dir) if options.run_dir else None
+    if resumed is not None and not resumed.exists():
+        resumed = None
+    loaded = _load(options.config, overrides, resumed)
+    config: training.Train = loaded.root
+    if resumed is not None:
+        _check_same_run(resumed, config)
+    if options.dry_run:
+        return _dry_run(config)
+    run = resumed or RunDirectory(options.run_dir or _fresh_directory(options.config))
+    run.begin(loaded.text, loaded.operative, loaded.overrides, loaded.modules)
+    print(f"run directory: {_shown(run.path)}", flush=True)
+    outcome = training.train(config, run, checkpoint=options.checkpoint)
+
+    if not outcome.complete:
+        print(
+            f"stopped after step {outcome.step}; go on with\n"
+            f"  seqeff train {options.config} --run-dir {_shown(run.path)}"
+        )
+        return 0
+    if outcome.sample is not None:
+        print(f"\n{outcome.sample}\n")
+    if outcome.validation is not None:
+        found = outcome.validation.bits_per_byte
+        print(f"validation: loss {outcome.validation.loss:.4f}, {found:.3f} bits per byte", end="")
+        if config.expected_bits_per_byte is not None:
+            low, high = config.expected_bits_per_byte
+            verdict = "as expected" if low <= found <= high else "NOT as expected"
+            print(f", {verdict} ({low} to {high})", end="")
+        print()
+    print(
+        f"run directory: {_shown(run.path)}\nnext:\n"
+        f"  seqeff generate {_shown(run.path)} --prompt \"The \"\n"
+        f"  seqeff eval {_shown(run.path)}\n"
+        f"  seqeff train {options.config} --run-dir {_shown(run.path)} "
+        f"--gin.Train.steps={2 * config.steps}"
+    )
+    return 0
+
+
+def _dry_run(config: object) -> int:
+    from seqeff.training.plan import describe
+
+    print(describe(config))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, _: Sequence[str]) -> int:
+    import jax
+
+    from seqeff.data import place
+    from seqeff.evaluation import make_evaluate
+    from seqeff.training.program import prepare_for
+
+    run, config, program, parameters = _open(options)
+    prepared = prepare_for(config, run)
+    batches = prepared.validation
+    if batches is None:
+        raise UserError("the run has no validation documents: Data.holdout is 0")
+    count = min(len(batches), options.batches or len(batches))
+    with jax.set_mesh(program.mesh):
+        result = make_evaluate(program.graph, prepared.tokenizer.byte_lengths())(
+            parameters, (place(batches, index, program.batch_sharding) for index in range(count))
+        )
+    print(
+        f"loss {result.loss:.4f}\nperplexity {result.perplexity:.2f}\n"
+        f"bits per byte {result.bits_per_byte:.4f}\ntokens {result.tokens}\nbytes {result.bytes}"
+    )
+    return 0
+
+
+def _generate(options: argparse.Namespace, _: Sequence[str]) -> int:
+    import jax
+
+    from seqeff.data import Tokenizer
+    from seqeff.inference import Generator, Sampling, decode_stream
+
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
+    run, config, program, parameters = _open(options)
+    tokenizer = Tokenizer.load(run.tokenizer)
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt)]
+    context = config.data.sequence_length
+    generator = Generator(program.graph, tokenizer.vocabulary_size, context)
+    with jax.set_mesh(program.mesh):
+        ids = generator.stream(
+            parameters, prompt, options.tokens, sampling, tokenizer.end_of_text
+        )
+        first = next(ids, None)
+        print(options.prompt, end="", flush=True)
+        if first is not None:
+            for text in decode_stream(tokenizer, _chain(first, ids)):
+                print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def _info(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff.info import describe
+
+    print(describe())
+    return 0
+
+
+def _bench(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    import json
+
+    if options.what == "data":
+        from seqeff.bench.data import benchmark_batches
+
+        if options.configs or overrides:
+            raise UserError("seqeff bench data takes no config: its text is synthetic")
+        results = [row._asdict() for row in benchmark_batches()]
+    else:
+        from seqeff.bench.train import benchmark_training
+        from seqeff.config import load
+
+        if not options.configs:
+            raise UserError("seqeff bench train needs gin files, such as configs/bench/*.gin")
+        loaded = [(str(path), load(path, overrides).root) for path in options.configs]
+        results = benchmark_training(loaded, options.steps)
+    if options.json is not None:
+        from seqeff.runs import versions, write_atomically
+
+        report = {"benchmark": options.what, "versions": versions(), "results": results}
+        try:
+            write_atomically(options.json, json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {options.json}: {error}") from error
+    for row in results:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    return 0
+
+
+def _open(options: argparse.Namespace) -> tuple:
+    """A run directory's config, compiled functions, and the parameters of a checkpoint."""
+    import jax
+
+    from seqeff.data import Tokenizer
+    from seqeff.runs import RunDirectory
+    from seqeff.training.checkpoints import CheckpointStore
+    from seqeff.training.program import Program, prepare_backend
+
+    run = RunDirectory(options.run_dir).require()
+    config = _load(run.operative_config, (), run).root
+    # a run made on many devices is read on what is here
+    config = dataclasses.replace(config, mesh=type(config.mesh)())
+    prepare_backend(config)
+    if not run.tokenizer.exists():
+        raise UserError(f"{run.path} has no tokenizer yet: its training has not begun")
+    program = Program(config, Tokenizer.load(run.tokenizer).vocabulary())
+    with jax.set_mesh(program.mesh), CheckpointStore(run.checkpoints) as store:
+        wanted = {"parameters": program.abstract_state["parameters"]}
+        state, _ = store.restore(options.checkpoint, wanted, partial=True)
+    return run, config, program, state["parameters"]
+
+
+def _load(path: Path, overrides: Sequence[str], run: RunDirectory | None) -> LoadedConfig:
+    from seqeff.config import load
+
+    return load(path, overrides, module_paths=[run.modules] if run is not None else [])
+
+
+def _check_same_run(run: RunDirectory, config: object) -> None:
+    """Refuses to go on with a run under another model, data or optimizer."""
+    from seqeff.training import MAY_CHANGE
+
+    before = flatten(_load(run.operative_config, (), run).root)
+    now = flatten(config)
+    differing = [
+        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if name.split(".")[0] not in MAY_CHANGE and before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{_shown(run.path)} holds another run; choose another --run-dir, or undo: "
+            + "; ".join(differing)
+        )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=int, metavar="STEP", help="use this one (default: the latest)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _fresh_directory(config: Path) -> Path:
+    """A new directory under runs/, named after the config and the time."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, count = Path("runs") / f"{config.stem}-{stamp}", 1
+    while path.exists():
+        count += 1
+        path = Path("runs") / f"{config.stem}-{stamp}-{count}"
+    return path
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _chain(first: int, rest):  # noqa: ANN001, ANN202
+    yield first
+    yield from rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Reads gin configs strictly. The only package that knows gin.
+
+Configs are frozen dataclasses that know nothing of gin; a gin file chooses and fills them:
+
+    include 'models/small.gin'                        # relative to this file; read once
+    import my_attention                               # a file beside this one, or installed
+    WINDOW = 64                                       # a macro
+    TransformerConfig.attention = @MyAttention()
+    MyAttention.window = %WINDOW
+    Data.sources = (@books/TextFiles(), @news/TextFiles())
+    books/TextFiles.path = 'books'                    # only for the one built in scope `books`
+
+gin itself accepts misspelt macros, bindings that nothing reads and values of any type. Here each is
+a `ConfigError` of one line that begins with the file and line, or with the override, at fault.
+
+One kind of unread binding is no mistake: when a later file or an override replaces
+`Train.optimizer = @AdamW()` by `@Muon()`, what the earlier files bound for AdamW goes with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from seqeff.config.builder import Builder, cleared_gin
+from seqeff.config.modules import Classes
+from seqeff.config.overrides import split_overrides
+from seqeff.config.reader import ALIASES, Reader
+from seqeff.config.statements import Difference, difference
+
+__all__ = [
+    "ALIASES",
+    "PACKAGES",
+    "Difference",
+    "LoadedConfig",
+    "difference",
+    "load",
+    "split_overrides",
+]
+
+PACKAGES = (
+    "seqeff.models",
+    "seqeff.data",
+    "seqeff.training",
+    "seqeff.compression",
+    "seqeff.sparsity",
+    "seqeff.inference",
+    "seqeff.interop",
+    "seqeff.evaluation",
+    "seqeff.analysis",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedConfig:
+    """A config object and what a run directory keeps of its origin.
+
+    Attributes:
+      root: the built config.
+      text: the file as given, then the files that it includes, each under a comment with its name.
+      operative: every value in use, defaults too, as one gin file that loads to an equal `root`.
+      overrides: `NAME=VALUE`, as given.
+      modules: source files of the imported modules that are not installed, by module name, a
+        package's being `package.__init__`: `a.b` in `DIRECTORY/a/b.py` is found by
+        `load(..., module_paths=[DIRECTORY])`.
+    """
+
+    root: Any
+    text: str
+    operative: str
+    overrides: tuple[str, ...]
+    modules: Mapping[str, Path]
+
+
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    root: str = "Train",
+    module_paths: Iterable[str | Path] = (),
+) -> LoadedConfig:
+    """Reads a gin file and builds the config that it describes. Touches no device.
+
+    Args:
+      path: the gin file.
+      overrides: `NAME=VALUE` bindings that replace the file's, from `split_overrides`.
+      root: the class to build.
+      module_paths: where imported modules are sought after the file's own directory and before the
+        current one.
+
+    Raises:
+      ConfigError: begins with the file and line, or the override, at fault.
+    """
+    classes = Classes()
+    for package in PACKAGES:
+        classes.add_package(package)
+    reader = Reader(classes, Path(path), module_paths)
+    for override in overrides:
+        reader.override(override)
+    with cleared_gin():
+        config = Builder(os.path.normpath(path), classes, reader.bindings).build(root)
+        operative = gin.operative_config_str()
+    imports = "".join(f"import {name}\n" for name in sorted(reader.imports))
+    return LoadedConfig(
+        root=config,
+        text="\n".join(f"# {name}\n{content}" for name, content in reader.files.items()),
+        operative=f"{imports}\n{operative}" if imports else operative,
+        overrides=tuple(overrides),
+        modules=reader.modules,
+    )

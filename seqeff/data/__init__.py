@@ -1,0 +1,47 @@
+"""Corpora to tokens to batches."""
+
+from seqeff.data.batch import Batch
+from seqeff.data.batches import Batches, EvaluationBatches
+from seqeff.data.build import Stores, build_store
+from seqeff.data.builtin import BuiltinText
+from seqeff.data.data import Data, PreparedData, prepare
+from seqeff.data.document import Document, Source
+from seqeff.data.loader import Loader, place
+from seqeff.data.sources import (
+    HuggingFaceDataset,
+    JsonlFiles,
+    Mixture,
+    ParquetFiles,
+    TextFiles,
+)
+from seqeff.data.store import Manifest, TokenStore
+from seqeff.data.tokenizer import Tokenizer, TokenStream
+from seqeff.data.tokenizer_config import TokenizerConfig, TokenizerFile, TrainBPE
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "BuiltinText",
+    "Data",
+    "Document",
+    "EvaluationBatches",
+    "HuggingFaceDataset",
+    "JsonlFiles",
+    "Loader",
+    "Manifest",
+    "Mixture",
+    "ParquetFiles",
+    "PreparedData",
+    "Source",
+    "Stores",
+    "TextFiles",
+    "TokenStore",
+    "TokenStream",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TokenizerFile",
+    "TrainBPE",
+    "build_store",
+    "place",
+    "prepare",
+]

@@ -1,0 +1,244 @@
+"""Text to token ids and back, with the Hugging Face `tokenizers` library."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+
+from seqeff.checks import UserError
+from seqeff.data.cache import canonical_json, writing_to
+from seqeff.data.files import decode_utf8, existing_file, nearest, read_bytes
+from seqeff.data.token_bytes import token_to_bytes
+
+END_OF_TEXT_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|im_end|>",
+    "[EOS]",
+)
+_FILE = "tokenizer.json"
+_SETTINGS_FILE = "tokenizer_config.json"
+# the library needs about 140 bytes of memory a character of a text
+LONGEST_PIECE = 1 << 20
+_BATCH_CHARACTERS = 1 << 21
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Special tokens are never produced from text: a document that spells `<|endoftext|>` keeps its
+    letters. No token is added at either end.
+
+    Attributes:
+      end_of_text: the id that opens every document of the token stream.
+      end_of_text_name: how the vocabulary spells it.
+      fingerprint: SHA-256 of the tokenizer's canonical JSON and `end_of_text`.
+    """
+
+    end_of_text: int
+    end_of_text_name: str
+    fingerprint: str
+
+    def __init__(self, inner: tokenizers.Tokenizer, end_of_text: str) -> None:
+        inner = tokenizers.Tokenizer.from_str(inner.to_str())
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self.end_of_text_name = end_of_text
+        self.end_of_text = _required_id(inner, end_of_text)
+        self._settings: dict[str, Any] = json.loads(inner.to_str())
+        identity = canonical_json([self._settings, self.end_of_text])
+        self.fingerprint = hashlib.sha256(identity).hexdigest()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """One more than the largest id."""
+        return len(self._token_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, computed on all cores.
+
+        Texts beyond a million characters are cut before a word at the end of a line. That changes
+        nothing for byte-level tokenizers; one that marks the start of a text marks each piece.
+        """
+        counts, pieces = [], []
+        for text in texts:
+            cut = list(pieces_of(text, LONGEST_PIECE))
+            counts.append(len(cut))
+            pieces.extend(cut)
+        encoded: list[list[int]] = []
+        for group in _groups(pieces, _BATCH_CHARACTERS):
+            batch = self._inner.encode_batch_fast(group, add_special_tokens=False)
+            encoded.extend(encoding.ids for encoding in batch)
+        if len(pieces) == len(texts):
+            return encoded
+        remaining = iter(encoded)
+        return [
+            list(itertools.chain.from_iterable(itertools.islice(remaining, count)))
+            for count in counts
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._inner.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """The text of every id on its own; special tokens and unused ids are empty.
+
+        Bytes that are not whole UTF-8 characters read as U+FFFD.
+        """
+        return tuple(token.decode("utf-8", errors="replace") for token in self._token_bytes)
+
+    def byte_lengths(self) -> Int32[np.ndarray, " vocabulary"]:
+        """UTF-8 bytes that each id adds to a text; 0 for special tokens and unused ids."""
+        return np.array([len(token) for token in self._token_bytes], np.int32)
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes, perhaps of a part of a character, that an id adds to a text."""
+        return self._token_bytes[token]
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json`, and `tokenizer_config.json` which names the end of text."""
+        settings = {"eos_token": self.end_of_text_name}
+        with writing_to(directory):
+            (directory / _FILE).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+            (directory / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, end_of_text: str | None = None) -> Tokenizer:
+        """Reads a `tokenizer.json`, or a directory that holds one.
+
+        The end of text is the token named here, else by `eos_token` of a `tokenizer_config.json`
+        beside the file, else the first of the usual names that the vocabulary holds.
+
+        Raises:
+          UserError: no such file, not a tokenizer, no end of text, or a decoder whose tokens have
+            no bytes of their own.
+        """
+        file = existing_file(path, "TokenizerFile.path")
+        if file.is_dir():
+            file = existing_file(file / _FILE, "TokenizerFile.path")
+        text = decode_utf8(read_bytes(file), str(file))
+        try:
+            inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no narrower type
+            raise UserError(f"{file} is not a tokenizer.json of `tokenizers`: {error}") from error
+        tokenizer = cls(inner, end_of_text or _named_beside(file) or _usual_name(inner, file))
+        tokenizer.byte_lengths()
+        return tokenizer
+
+    @functools.cached_property
+    def _token_bytes(self) -> tuple[bytes, ...]:
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        added = self._inner.get_added_tokens_decoder()
+        to_bytes = token_to_bytes(self._settings["decoder"])
+        table = [b""] * (max(vocabulary.values()) + 1)
+        for token, index in vocabulary.items():
+            if index != self.end_of_text and not (index in added and added[index].special):
+                table[index] = to_bytes(token)
+        return tuple(table)
+
+
+class TokenStream:
+    """Text of ids that arrive one by one; holds back the bytes of an unfinished character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that this id completes; may be empty."""
+        return self._decoder.decode(self._tokenizer.token_bytes(int(token)))
+
+    def finish(self) -> str:
+        """U+FFFD if the last character never became whole, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def pieces_of(text: str, longest: int) -> Iterator[str]:
+    """Cuts a text in pieces of at most `longest` characters whose concatenation is the text.
+
+    A cut falls at the last line end before a word, else at the last space between words, both
+    boundaries of byte-level pre-tokenization, else at the limit.
+    """
+    begin = 0
+    while len(text) - begin > longest:
+        end = begin + longest
+        first = max(begin, end - _CUT_WITHIN)
+        window = text[first : end + 1]
+        cuts = list(_LINE_END.finditer(window)) or list(_WORD_END.finditer(window))
+        end = first + cuts[-1].end() if cuts else end
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+_CUT_WITHIN = 4096
+_LINE_END = re.compile(r"(?<=\S)\n(?=[^\W\d_])")
+_WORD_END = re.compile(r"[^\W\d_](?= [^\W\d_])")
+
+
+def _groups(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > characters:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
+
+
+def _required_id(inner: tokenizers.Tokenizer, name: str) -> int:
+    index = inner.token_to_id(name)
+    if index is None:
+        special = [token.content for token in inner.get_added_tokens_decoder().values()]
+        raise UserError(
+            f"end_of_text = {name!r} is no token of this tokenizer; its added tokens are "
+            f"{', '.join(map(repr, special[:20])) or 'none'}{nearest(name, special)}"
+        )
+    return index
+
+
+def _named_beside(file: Path) -> str | None:
+    beside = file.with_name(_SETTINGS_FILE)
+    if not beside.is_file():
+        return None
+    try:
+        settings = json.loads(decode_utf8(read_bytes(beside), str(beside)))
+    except ValueError as error:
+        raise UserError(f"{beside} is not valid JSON: {error}") from error
+    name = settings.get("eos_token") if isinstance(settings, dict) else None
+    return name.get("content") if isinstance(name, dict) else name
+
+
+def _usual_name(inner: tokenizers.Tokenizer, file: Path) -> str:
+    for name in END_OF_TEXT_NAMES:
+        if inner.token_to_id(name) is not None:
+            return name
+    raise UserError(
+        f"{file} holds none of the usual end-of-text tokens ({', '.join(END_OF_TEXT_NAMES)}); "
+        "name it with TokenizerFile.end_of_text"
+    )

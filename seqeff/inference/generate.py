@@ -1,0 +1,124 @@
+"""Sampling one continuation, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seqeff.checks import UserError, check_types, require
+from seqeff.data import Tokenizer, TokenStream
+from seqeff.models import Cache
+
+_PREFILL_ROUNDING = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn: greedy at temperature 0, else among the `top_k` likeliest."""
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.temperature >= 0, f"Sampling.temperature = {self.temperature} must not be negative"
+        )
+        require(
+            self.top_k is None or self.top_k >= 1,
+            f"Sampling.top_k = {self.top_k} must be at least 1, or null for all",
+        )
+
+
+class Generator:
+    """Generates from a model with a cache of a fixed size; each of its two steps compiles once."""
+
+    def __init__(self, graph: nnx.GraphDef, vocabulary_size: int, context: int) -> None:
+        """
+        Args:
+          vocabulary_size: the tokenizer's; ids past it are never drawn.
+          context: tokens that prompt and continuation may have together.
+        """
+        self.context = context
+        self._extend = jax.jit(
+            functools.partial(_extend, graph, vocabulary_size),
+            static_argnames=("sampling",),
+            donate_argnames=("cache",),
+        )
+        self._empty = jax.jit(lambda parameters: nnx.merge(graph, parameters).empty_cache(1, context))
+
+    def stream(
+        self, parameters: Any, prompt: Sequence[int], tokens: int, sampling: Sampling, stop: int
+    ) -> Iterator[int]:
+        """Yields up to `tokens` ids that continue the prompt, ending before the id `stop`.
+
+        Raises:
+          UserError: the prompt is empty, or longer than the context leaves room for.
+        """
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token")
+        if len(prompt) >= self.context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens; the context of {self.context} leaves room "
+                f"for {self.context - 1} before the first new one"
+            )
+        # rounding the prompt up keeps the number of compiled lengths small; what follows it is
+        # overwritten before any token can attend it
+        padded = min(-len(prompt) % _PREFILL_ROUNDING + len(prompt), self.context)
+        ids = np.zeros((1, padded), np.int32)
+        ids[0, : len(prompt)] = prompt
+        key = jax.random.key(sampling.seed)
+        token, cache = self._extend(
+            parameters, jnp.asarray(ids), len(prompt), self._empty(parameters), key, sampling
+        )
+        for index in range(min(tokens, self.context - len(prompt))):
+            value = int(token[0])
+            if value == stop:
+                return
+            yield value
+            key = jax.random.fold_in(jax.random.key(sampling.seed), index + 1)
+            token, cache = self._extend(parameters, token[:, None], 1, cache, key, sampling)
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text of ids as they come, whole characters only."""
+    stream = TokenStream(tokenizer)
+    for token in ids:
+        yield stream.push(token)
+    yield stream.finish()
+
+
+def _extend(
+    graph: nnx.GraphDef,
+    vocabulary_size: int,
+    parameters: Any,
+    tokens: jax.Array,
+    count: jax.Array | int,
+    cache: Cache,
+    key: jax.Array,
+    sampling: Sampling,
+) -> tuple[jax.Array, Cache]:
+    """Takes the first `count` tokens into the cache and draws the next one."""
+    model = nnx.merge(graph, parameters)
+    before = cache.length
+    hidden, cache = model.extend(tokens, cache)
+    last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
+    logits = model.logits(last)[:, 0, :vocabulary_size]
+    return _draw(logits, key, sampling), cache._replace(length=before + count)
+
+
+def _draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        floor = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / sampling.temperature, axis=-1)

@@ -1,0 +1,35 @@
+"""The model: a Transformer whose parts are frozen configs with a `make` method each."""
+
+from seqeff.models.attention import Attention, DenseAttention, SeparatorAttention
+from seqeff.models.cross_entropy import cross_entropy_sums, token_losses
+from seqeff.models.feed_forward import FeedForward
+from seqeff.models.initialisation import NormalInitialisation, SmallInitialisation
+from seqeff.models.linear import DenseLinear, LowRankLinear
+from seqeff.models.norms import LayerNorm, RMSNorm
+from seqeff.models.parameters import parameter_shardings
+from seqeff.models.positions import LearnedPositions, NoPositions, Rotary
+from seqeff.models.projections import HeadProjections
+from seqeff.models.transformer import Cache, Transformer, TransformerConfig
+
+__all__ = [
+    "Attention",
+    "Cache",
+    "DenseAttention",
+    "DenseLinear",
+    "FeedForward",
+    "HeadProjections",
+    "LayerNorm",
+    "LearnedPositions",
+    "LowRankLinear",
+    "NoPositions",
+    "NormalInitialisation",
+    "RMSNorm",
+    "Rotary",
+    "SeparatorAttention",
+    "SmallInitialisation",
+    "Transformer",
+    "TransformerConfig",
+    "cross_entropy_sums",
+    "parameter_shardings",
+    "token_losses",
+]

@@ -1,0 +1,7 @@
+"""Ways of attending, a file each: the model asks for nothing but `protocol.Attention`."""
+
+from seqeff.models.attention.dense import DenseAttention
+from seqeff.models.attention.protocol import Attention
+from seqeff.models.attention.separator import SeparatorAttention
+
+__all__ = ["Attention", "DenseAttention", "SeparatorAttention"]

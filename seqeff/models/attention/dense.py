@@ -1,0 +1,54 @@
+"""Dense causal attention, whole or through a sliding window."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+from jaxtyping import Array, Float, Int
+from seqeff_kernels.range_attention import TokenSource
+
+from seqeff.checks import check_types, require
+from seqeff.models.attention.protocol import take_rows
+
+
+class DensePlan(NamedTuple):
+    document_start: Int[Array, "batch length"] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseAttention:
+    """Every token attends all tokens of its document at or before it, or the last `window`."""
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.window is None or self.window >= 1,
+            f"DenseAttention.window = {self.window} must be at least 1, or null for no limit",
+        )
+
+    def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
+        return self
+
+    def plan(
+        self, tokens: Int[Array, "batch length"], document_start: Int[Array, "batch length"] | None
+    ) -> DensePlan:
+        return DensePlan(document_start)
+
+    def sources(
+        self,
+        plan: DensePlan,
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+        first_row: Int[Array, ""] | int,
+        rows: int,
+    ) -> tuple[TokenSource]:
+        starts = take_rows(plan.document_start, first_row, rows)
+        return (
+            TokenSource(
+                keys, values, document_start=starts, window=self.window, row_offset=first_row
+            ),
+        )

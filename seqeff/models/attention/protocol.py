@@ -1,0 +1,58 @@
+"""What a way of attending must say: which entries each row attends, as sources and ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from seqeff_kernels.range_attention import Source
+
+
+@runtime_checkable
+class Attention(Protocol):
+    """Config of an attention. A new one is a frozen dataclass with these three methods.
+
+    Nothing else has to know it: a gin file imports its module and binds
+    `TransformerConfig.attention = @MyAttention()`.
+    """
+
+    def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
+        """This config, knowing the decoded text of every token id; most return themselves."""
+        ...
+
+    def plan(
+        self, tokens: Int[Array, "batch length"], document_start: Int[Array, "batch length"] | None
+    ) -> Any:
+        """A pytree of what follows from the tokens alone, made once a step for all layers.
+
+        `document_start` is the row index of the first token of each token's document; None means
+        that documents are not kept apart, and every row begins at 0.
+        """
+        ...
+
+    def sources(
+        self,
+        plan: Any,
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+        first_row: Int[Array, ""] | int,
+        rows: int,
+    ) -> Sequence[Source]:
+        """The sources that tokens [first_row, first_row + rows) attend, in one softmax.
+
+        Training asks for all rows at once; decoding for the few that are new. `length` is that of
+        the plan. No row may see an entry made from a later token.
+        """
+        ...
+
+
+def take_rows(
+    bounds: Int[Array, "batch length"] | None, first_row: Int[Array, ""] | int, rows: int
+) -> Int[Array, "batch rows"] | None:
+    """The rows [first_row, first_row + rows) of a bound; all of them without a copy."""
+    if bounds is None or bounds.shape[1] == rows:
+        return bounds
+    return jax.lax.dynamic_slice_in_dim(bounds, first_row, rows, axis=1)

@@ -1,0 +1,68 @@
+"""How many parameters a model has and how many operations a token costs."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from seqeff.models.transformer import Transformer, TransformerConfig
+
+
+def parameter_count(config: TransformerConfig) -> int:
+    """Number of parameters, the embedding included."""
+    shapes = nnx.split(abstract_model(config))[1]
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def abstract_model(config: TransformerConfig) -> Transformer:
+    """The model with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: config.make(nnx.Rngs(0)))
+
+
+def matmul_parameters(config: TransformerConfig) -> int:
+    """Parameters that every token is multiplied with: matrices of the layers, and the head."""
+    layers = nnx.to_pure_dict(nnx.split(abstract_model(config).layers)[1])
+    matrices = (leaf for leaf in jax.tree.leaves(layers) if leaf.ndim >= 3)
+    return sum(math.prod(leaf.shape) for leaf in matrices) + config.vocabulary_size * config.width
+
+
+def attended_entries(
+    config: TransformerConfig,
+    tokens: Int[Array, "batch length"],
+    document_start: Int[Array, "batch length"] | None,
+) -> float:
+    """Mean number of entries that a token attends, summed over the layers, for given tokens."""
+    batch, length = tokens.shape
+    empty = jnp.zeros((batch, length, 1, 1), jnp.float32)
+
+    @jax.jit
+    def count(tokens: jax.Array, document_start: jax.Array | None) -> jax.Array:
+        total = jnp.zeros((), jnp.float32)
+        for attention, first, end in config.runs():
+            plan = attention.plan(tokens, document_start)
+            for source in attention.sources(plan, empty, empty, 0, length):
+                start, stop = source.bounds(length)
+                entries = jnp.maximum(stop - start, 0).astype(jnp.float32)
+                total += (end - first) * jnp.mean(entries)
+        return total
+
+    return float(count(tokens, document_start))
+
+
+def forward_flops_per_token(config: TransformerConfig, entries: float) -> float:
+    """Operations of the forward pass a token: 2 a matrix parameter, 4 a dimension of an entry.
+
+    Args:
+      entries: attended entries, summed over the layers (`attended_entries`).
+    """
+    heads, head_dim = config.projections.heads, config.projections.size(config.width)
+    return 2 * matmul_parameters(config) + 4 * entries * heads * head_dim
+
+
+def training_flops_per_token(config: TransformerConfig, entries: float) -> float:
+    """Operations of forward and backward, three times the forward's; recomputation not counted."""
+    return 3 * forward_flops_per_token(config, entries)

@@ -1,0 +1,99 @@
+"""The config of a training run, from which everything else is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from seqeff.checks import check_types, require
+from seqeff.data import Data
+from seqeff.inference import Sampling
+from seqeff.models import LearnedPositions, TransformerConfig
+from seqeff.training.checkpoints import Checkpoints
+from seqeff.training.guard import Guard
+from seqeff.training.mesh import MeshConfig
+from seqeff.training.objectives import NextToken, Objective
+from seqeff.training.optimizers import AdamW, Optimizer
+from seqeff.training.schedules import Cosine, Schedule
+from seqeff.training.trackers import TrackerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """A training run.
+
+    Attributes:
+      steps: optimizer steps of the whole run.
+      seed: of the initial parameters; `Data.seed` is that of the data's order.
+      accumulate: parts that a batch is computed in, one after the other; divides the batch size.
+      deterministic: the same bits every time on GPU too, at some cost in speed.
+      log_every: steps between lines of metrics.
+      evaluate_every: steps between validations; null: only after the last step.
+      evaluation_batches: validation batches at most; null: all.
+      sample_every: steps between printed samples; null: only after the last step.
+      sample_prompt, sample_tokens, sampling: of the printed samples.
+      profile: first step and number of steps that the profiler records.
+      expected_bits_per_byte: range that the last validation should fall into.
+    """
+
+    model: TransformerConfig
+    data: Data
+    steps: int
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Cosine()
+    objective: Objective = NextToken()
+    guard: Guard = Guard()
+    mesh: MeshConfig = MeshConfig()
+    checkpoints: Checkpoints = Checkpoints()
+    tracker: TrackerConfig | None = None
+    seed: int = 0
+    accumulate: int = 1
+    deterministic: bool = False
+    log_every: int = 10
+    evaluate_every: int | None = None
+    evaluation_batches: int | None = None
+    sample_every: int | None = None
+    sample_prompt: str = "The "
+    sample_tokens: int = 100
+    sampling: Sampling = Sampling()
+    profile: tuple[int, int] | None = None
+    expected_bits_per_byte: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "accumulate", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"Train.{name} = {value} must be at least 1")
+        for name in ("evaluate_every", "evaluation_batches", "sample_every"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1,
+                f"Train.{name} = {value} must be at least 1, or null",
+            )
+        require(
+            self.data.batch_size % self.accumulate == 0,
+            f"Train.accumulate = {self.accumulate} must divide Data.batch_size = "
+            f"{self.data.batch_size}",
+        )
+        positions = self.model.positions
+        require(
+            not isinstance(positions, LearnedPositions)
+            or positions.length >= self.data.sequence_length,
+            f"LearnedPositions.length = {getattr(positions, 'length', None)} is below "
+            f"Data.sequence_length = {self.data.sequence_length}",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a batch, over all devices."""
+        return self.data.batch_size * self.data.sequence_length
+
+    def due(self, step: int, every: int | None) -> bool:
+        """Whether something that happens every so many steps, and after the last, happens now."""
+        return step == self.steps or (every is not None and step % every == 0)
+
+
+MAY_CHANGE = frozenset(
+    """steps mesh checkpoints tracker guard log_every evaluate_every evaluation_batches
+    sample_every sample_prompt sample_tokens sampling profile expected_bits_per_byte""".split()
+)
+"""Fields of `Train` that a resumed run may set anew."""

@@ -1,0 +1,97 @@
+"""Skips a training step whose loss or gradient is not finite or spikes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from seqeff.checks import UserError, check_types, require
+
+# below this share of the mean a deviation is no spike, however steady the values were
+_LEAST_DEVIATION = 0.01
+
+
+GuardState = dict[str, Array]
+"""`losses` and `gradient_norms` [window], float32: those of the last accepted steps, the oldest
+overwritten; `accepted`, `skipped` and `in_a_row` (skipped since the last accepted step), int32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Which steps are skipped, and how many in a row end the run.
+
+    A step is skipped when its loss or gradient norm is not finite, or exceeds the mean of the last
+    `window` accepted steps by more than `spike_factor` standard deviations. Spikes are looked for
+    once the window is full.
+
+    Attributes:
+      spike_factor: None: only steps that are not finite are skipped.
+      window: accepted steps.
+      limit: skipped steps in a row that the run survives.
+    """
+
+    spike_factor: float | None = 6.0
+    window: int = 128
+    limit: int = 20
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.spike_factor is None or self.spike_factor > 0,
+            f"Guard.spike_factor = {self.spike_factor} must be above 0, or null",
+        )
+        require(self.window >= 2, f"Guard.window = {self.window} must be at least 2")
+        require(self.limit >= 0, f"Guard.limit = {self.limit} must not be negative")
+
+    def init(self) -> GuardState:
+        values, count = jnp.zeros(self.window, jnp.float32), jnp.zeros((), jnp.int32)
+        return {
+            "losses": values,
+            "gradient_norms": values,
+            "accepted": count,
+            "skipped": count,
+            "in_a_row": count,
+        }
+
+    def judge(
+        self, state: GuardState, loss: Float[Array, ""], gradient_norm: Float[Array, ""]
+    ) -> tuple[Bool[Array, ""], GuardState]:
+        """Whether to take the step, and the statistics with it; pure, for use inside `jit`."""
+        seen = {"losses": loss, "gradient_norms": gradient_norm}
+        accept = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        if self.spike_factor is not None:
+            filling = state["accepted"] < self.window
+            for name, value in seen.items():
+                accept &= filling | ~_spikes(state[name], value, self.spike_factor)
+        slot = state["accepted"] % self.window
+        values = {
+            name: state[name].at[slot].set(jnp.where(accept, value, state[name][slot]))
+            for name, value in seen.items()
+        }
+        return accept, values | {
+            "accepted": state["accepted"] + accept,
+            "skipped": state["skipped"] + ~accept,
+            "in_a_row": jnp.where(accept, 0, state["in_a_row"] + 1),
+        }
+
+    def check(self, in_a_row: int, step: int) -> None:
+        """Ends the run when too many steps in a row were skipped.
+
+        Raises:
+          UserError: more than `limit`.
+        """
+        if in_a_row > self.limit:
+            raise UserError(
+                f"{in_a_row} steps in a row up to step {step} were skipped because their loss or "
+                f"gradient was not finite or spiked (Guard.limit = {self.limit}); lower the "
+                "learning rate, lengthen the warm-up, or look at the data of these steps"
+            )
+
+
+def _spikes(values: jax.Array, value: jax.Array, factor: float) -> jax.Array:
+    mean = jnp.mean(values)
+    deviation = jnp.maximum(jnp.std(values), _LEAST_DEVIATION * jnp.abs(mean))
+    return value > mean + factor * deviation

@@ -1,0 +1,113 @@
+"""What a config becomes before the first step: data, shapes, and compiled functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from seqeff.checks import UserError
+from seqeff.data import Batch, PreparedData, Tokenizer, prepare
+from seqeff.models import TransformerConfig
+from seqeff.models.flops import abstract_model, attended_entries, training_flops_per_token
+from seqeff.runs import RunDirectory, write_atomically
+from seqeff.training.config import Train
+from seqeff.training.mesh import batch_sharding
+from seqeff.training.step import State, make_initialise, make_step, state_shardings
+
+
+class Program:
+    """What a config compiles to: the state's shapes and places, and the functions on it."""
+
+    def __init__(self, config: Train, vocabulary: Sequence[str]) -> None:
+        """
+        Args:
+          vocabulary: decoded text of every token id.
+
+        Raises:
+          ConfigError: the model, the tokenizer and the mesh do not fit each other.
+        """
+        self.mesh = config.mesh.make()
+        self.model = model = run_model(config, vocabulary)
+        abstract = abstract_model(model)
+        self.graph, parameters = nnx.split(abstract)
+        self.learning_rate = config.schedule.make(config.optimizer.learning_rate, config.steps)
+        optimizer = config.optimizer.make(
+            config.schedule.make(1.0, config.steps), nnx.to_pure_dict(parameters)
+        )
+        initialise = make_initialise(model.make, optimizer, config.guard)
+        state = jax.eval_shape(initialise, jax.random.key(0))
+        shardings = state_shardings(state, abstract, self.mesh)
+        self.batch_sharding = batch_sharding(self.mesh)
+        self.abstract_state: State = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            shardings,
+        )
+        self.initialise = jax.jit(initialise, out_shardings=shardings)
+        self.step = jax.jit(
+            make_step(self.graph, config.objective, optimizer, config.guard, config.accumulate),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+
+
+def run_model(config: Train, vocabulary: Sequence[str]) -> TransformerConfig:
+    """The config's model, knowing its vocabulary and whether the run is deterministic."""
+    model = config.model.for_vocabulary(vocabulary)
+    if config.deterministic:
+        model = dataclasses.replace(model, embedding_gradient="matmul")
+    return model
+
+
+def prepare_backend(config: Train) -> None:
+    """Joins other hosts and sets what must be set before the first use of a device."""
+    if config.deterministic and "gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    config.mesh.initialise_distributed()
+
+
+def prepare_for(config: Train, run: RunDirectory) -> PreparedData:
+    """The data, checked against the run's own tokenizer and documents, or kept as the run's."""
+    if run.data.exists():
+        tokenizer = Tokenizer.load(run.tokenizer)
+        return prepare(config.data, tokenizer, json.loads(run.data.read_text()))
+    prepared = prepare(config.data)
+    if jax.process_index() == 0:
+        try:
+            run.tokenizer.mkdir(exist_ok=True)
+            prepared.tokenizer.save(run.tokenizer)
+            write_atomically(run.data, json.dumps(prepared.fingerprint, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {run.path}: {error}") from error
+    return prepared
+
+
+def flops_per_token(model: TransformerConfig, prepared: PreparedData) -> float:
+    """FLOPs of forward and backward a token, with the attention measured on the first batch."""
+    batch = prepared.train.rows(0, 0, min(prepared.train.batch_size, 8))
+    return training_flops_per_token(
+        model, attended_entries(model, batch.tokens, batch.document_start)
+    )
+
+
+def abstract_batch(program: Program, config: Train) -> Batch:
+    """Shapes of a training batch on the mesh."""
+    data = config.data
+
+    def array(dtype: type) -> jax.ShapeDtypeStruct:
+        shape = (data.batch_size, data.sequence_length)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
+
+    return Batch(
+        tokens=array(jnp.int32),
+        targets=array(jnp.int32),
+        loss_weights=array(jnp.float32),
+        document_start=array(jnp.int32) if data.separate_documents else None,
+    )

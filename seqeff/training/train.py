@@ -1,0 +1,178 @@
+"""The one loop that every training run goes through."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import FrameType
+
+import jax
+
+from seqeff.checks import flatten
+from seqeff.data import Loader
+from seqeff.evaluation import Perplexity
+from seqeff.runs import RunDirectory
+from seqeff.training.checkpoints import CheckpointStore
+from seqeff.training.config import Train
+from seqeff.training.metrics import MetricsFile, Throughput
+from seqeff.training.program import Program, prepare_backend, prepare_for
+from seqeff.training.progress import Progress
+from seqeff.training.report import Report
+from seqeff.training.step import State
+from seqeff.training.trackers import NoTracker
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the last step, whether all steps are done, the last validation, a sample."""
+
+    step: int
+    complete: bool
+    validation: Perplexity | None = None
+    sample: str | None = None
+
+
+def train(config: Train, run: RunDirectory, *, checkpoint: int | None = None) -> Outcome:
+    """Trains to `config.steps`, going on from the run directory's last checkpoint if it has one.
+
+    Args:
+      run: already begun; metrics, samples, tokenizer and checkpoints are added to it.
+      checkpoint: go on from this step, and drop the ones after it.
+
+    Raises:
+      UserError: bad data, a disk that cannot be written, too many skipped steps.
+    """
+    prepare_backend(config)
+    prepared = prepare_for(config, run)
+    program = Program(config, prepared.tokenizer.vocabulary())
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(program.mesh))
+        store = stack.enter_context(CheckpointStore(run.checkpoints, config.checkpoints))
+        state, first = _begin(program, config, store, checkpoint)
+        metrics_file = stack.enter_context(contextlib.closing(MetricsFile(run.metrics)))
+        metrics_file.truncate_after(first)
+        tracker = NoTracker()
+        if config.tracker is not None:
+            tracker = config.tracker.start(run.path, flatten(config))
+        stack.callback(tracker.finish)
+        terminated = stack.enter_context(_termination())
+        progress = stack.enter_context(Progress(config.steps, done=first))
+        report = Report(config, run, prepared, program, progress, metrics_file, tracker)
+        progress.write(report.size())
+        if first >= config.steps:
+            validation = report.validation(first, state, record=False)
+            return Outcome(first, True, validation, report.sample(first, state, record=False))
+
+        loader = stack.enter_context(
+            Loader(
+                prepared.train,
+                first,
+                config.steps,
+                sharding=program.batch_sharding,
+                prefetch=config.data.prefetch,
+            )
+        )
+        profiler = stack.enter_context(_Profiler(config.profile, run))
+        throughput = Throughput()
+        outcome = Outcome(first, False)
+        waiting: tuple[int, dict[str, jax.Array]] | None = None
+        for step, batch in enumerate(loader, start=first + 1):
+            profiler.before(step, state)
+            state, metrics = program.step(state, batch)
+            # the device computes this step while the host reports the one before
+            if waiting is not None:
+                report.step(*waiting, throughput)
+            waiting = step, metrics
+            stop = terminated(step)
+            evaluates = config.due(step, config.evaluate_every)
+            samples = config.due(step, config.sample_every)
+            saves = stop or config.checkpoints.due(step, config.steps)
+            if not (evaluates or samples or saves):
+                continue
+            # what is reported up to here must be on the disk before the checkpoint is
+            report.step(*waiting, throughput)
+            waiting = None
+            with throughput.pause():
+                outcome = Outcome(
+                    step,
+                    complete=step == config.steps,
+                    validation=report.validation(step, state) if evaluates else None,
+                    sample=report.sample(step, state) if samples else None,
+                )
+                if saves:
+                    store.save(step, state, {"tokens": step * config.tokens_per_step})
+            if stop:
+                break
+    return outcome
+
+
+class _Profiler:
+    """Records the steps that the config asks for, in the run directory."""
+
+    def __init__(self, window: tuple[int, int] | None, run: RunDirectory) -> None:
+        self._first, count = window or (-1, 0)
+        self._end = self._first + count
+        self._directory = str(run.profile)
+        self._recording = False
+
+    def __enter__(self) -> _Profiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._recording:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, state: State) -> None:
+        """Starts or ends the recording once all earlier steps are done."""
+        if step == self._first:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._directory)
+            self._recording = True
+        elif step == self._end and self._recording:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._recording = False
+
+
+def _begin(
+    program: Program, config: Train, store: CheckpointStore, checkpoint: int | None
+) -> tuple[State, int]:
+    """The state to start from and its step."""
+    if checkpoint is None and store.latest() is None:
+        return program.initialise(jax.random.key(config.seed)), 0
+    state, _ = store.restore(checkpoint, program.abstract_state)
+    step = int(state["step"])
+    store.discard_after(step)
+    return state, step
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[Callable[[int], bool]]:
+    """A function of the step that tells whether the run was asked to end, on every host at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    def terminated(step: int) -> bool:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return bool(asked)
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    try:
+        before = [signal.signal(number, note) for number in signals]
+    except ValueError:
+        # not the main thread, where signals cannot be caught
+        yield terminated
+        return
+    try:
+        yield terminated
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

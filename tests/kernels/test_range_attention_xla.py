@@ -1,0 +1,256 @@
+"""The portable form against the reference, forward and backward, and what it promises beyond."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seqeff_kernels import RangeSource, TokenSource, range_attention
+from seqeff_kernels.range_attention.shapes import SHAPES, separator_sources, tokens
+
+# the two sum in different orders; gradients sum over rows and are larger
+FLOAT32 = {"output": 1e-5, "gradient": 1e-4}
+# weights are rounded to 8 bits before the second product, gradients of scores before the third
+BFLOAT16 = {"output": 2e-2, "gradient": 1e-1}
+
+differentiable = functools.partial(jax.tree.map, jnp.asarray)
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def outputs_and_gradients(queries, sources, backend):
+    """Of a loss through both outputs, with a gradient that differs from row to row."""
+
+    def loss(queries, arrays):
+        replaced = [
+            RangeSource(*pair, s.start, s.end, own)
+            for s, (*pair, own) in zip(sources, arrays, strict=True)
+        ]
+        output, logsumexp = range_attention(queries, replaced, backend=backend)
+        wave = jnp.sin(jnp.arange(output.size)).reshape(output.shape)
+        finite = jnp.where(jnp.isfinite(logsumexp), logsumexp, 0)
+        return (output * wave).sum() + (finite * wave[..., 0]).sum(), (output, logsumexp)
+
+    arrays = [(s.keys, s.values, s.queries) for s in sources]
+    gradients, outputs = jax.grad(loss, (0, 1), has_aux=True)(queries, arrays)
+    return outputs, gradients
+
+
+def assert_equal_to_reference(queries, sources, tolerance):
+    queries, sources = differentiable((queries, sources))
+    outputs, gradients = outputs_and_gradients(queries, sources, "xla")
+    expected = outputs_and_gradients(queries, sources, "reference")
+    compare = functools.partial(jax.tree.map, np.testing.assert_allclose)
+    as_float32 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float32))
+    for got, wanted, atol in (
+        (outputs, expected[0], tolerance["output"]),
+        (gradients, expected[1], tolerance["gradient"]),
+    ):
+        assert jax.tree.structure(got) == jax.tree.structure(wanted)
+        jax.tree.map(
+            lambda a, b, atol=atol: np.testing.assert_allclose(a, b, atol=atol, rtol=atol),
+            as_float32(got),
+            as_float32(wanted),
+        )
+    del compare
+
+
+@pytest.mark.parametrize(
+    "rows, entries",
+    [(1, (1,)), (1, (1000,)), (63, (63,)), (65, (3, 65)), (200, (150, 1, 200)), (1000, (130, 1000))],
+)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_equals_reference(call, rows, entries, kv_heads):
+    queries, sources = call(
+        rows, rows=rows, entries=entries, kv_heads=kv_heads, poison=True,
+        per_kv_head=kv_heads == 2, own_queries=rows in (65, 200),
+    )
+    assert_equal_to_reference(queries, sources, FLOAT32)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1000), per_kv_head=st.booleans(), own=st.booleans())
+def test_equals_reference_for_any_monotone_bounds(call, seed, per_kv_head, own):
+    queries, sources = call(
+        seed, rows=130, entries=(70, 129), per_kv_head=per_kv_head, own_queries=own, poison=True
+    )
+    assert_equal_to_reference(queries, sources, FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(call, dtype):
+    half = functools.partial(jax.tree.map, lambda x: x.astype(dtype) if x.dtype == np.float32 else x)
+    queries, sources = half(call(0, rows=200, entries=(100, 200)))
+    assert_equal_to_reference(queries, sources, BFLOAT16)
+    output, logsumexp = range_attention(queries, sources, backend="xla")
+    assert output.dtype == dtype and logsumexp.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("name", ["odd", "multi-query"])
+def test_separator_attention(name, documents):
+    shape = SHAPES[name]
+    queries, keys, values, chosen = tokens(shape)
+    starts = jnp.arange(shape.length) // 50 * 50 * jnp.ones((shape.batch, 1), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(queries, keys, values, backend):
+        def loss(*arrays):
+            sources = separator_sources(
+                *arrays[1:], chosen, shape.window, starts if documents else None
+            )
+            output, logsumexp = range_attention(arrays[0], sources, backend=backend)
+            return (output * jnp.cos(logsumexp)[..., None]).sum(), output
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(queries, keys, values)
+
+    gradients, output = run(queries, keys, values, "xla")
+    expected_gradients, expected = run(queries, keys, values, "reference")
+    np.testing.assert_allclose(output, expected, atol=FLOAT32["output"])
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=FLOAT32["gradient"])
+
+
+def test_a_row_does_not_depend_on_its_batch_mates_bit_for_bit(call):
+    queries, sources = call(4, batch=3, rows=200, entries=(150, 200))
+    other_queries, other_sources = call(5, batch=3, rows=200, entries=(150, 200))
+
+    def mixed(ours, theirs):
+        return np.concatenate([ours[:1], theirs[1:]])
+
+    changed = jax.tree.map(mixed, (queries, sources), (other_queries, other_sources))
+    outputs = outputs_and_gradients(*differentiable((queries, sources)), "xla")
+    changed = outputs_and_gradients(*differentiable(changed), "xla")
+    for before, after in zip(jax.tree.leaves(outputs), jax.tree.leaves(changed), strict=True):
+        np.testing.assert_array_equal(before[0], after[0])
+        assert not np.array_equal(before[1], after[1])
+
+
+def test_nothing_depends_on_later_tokens():
+    shape = SHAPES["odd"]
+    queries, keys, values, chosen = tokens(shape)
+    later = jnp.arange(shape.length)[:, None, None] >= 500
+
+    @jax.jit
+    def output(queries, keys, values):
+        return range_attention(queries, separator_sources(keys, values, chosen, shape.window))[0]
+
+    before = output(queries, keys, values)
+    after = output(*(jnp.where(later, 1 - x, x) for x in (queries, keys, values)))
+    np.testing.assert_array_equal(before[:, :500], after[:, :500])
+    assert not np.array_equal(before[:, 500:], after[:, 500:])
+
+
+def test_runs_inside_scan_and_checkpoint():
+    shape = SHAPES["multi-query"]
+    queries, keys, values, chosen = tokens(shape)
+
+    def layer(x, backend):
+        sources = separator_sources(keys + x.mean(2, keepdims=True), values, chosen, shape.window)
+        return x + range_attention(x, sources, backend=backend)[0]
+
+    def loss(x, backend, wrap):
+        step = wrap(functools.partial(layer, backend=backend))
+        return (jax.lax.scan(lambda x, _: (step(x), None), x, length=3)[0] ** 2).sum()
+
+    expected = jax.grad(loss)(queries, "reference", lambda f: f)
+    for wrap in (lambda f: f, jax.checkpoint):
+        np.testing.assert_allclose(
+            jax.jit(jax.grad(loss), static_argnums=(1, 2))(queries, "xla", wrap), expected, rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+def test_nothing_of_size_length_squared_exists():
+    length = 4096
+    like = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+
+    def loss(queries, keys, values, chosen):
+        output, logsumexp = range_attention(
+            queries, separator_sources(keys, values, chosen, 64), backend="xla"
+        )
+        return output.sum() + logsumexp.sum()
+
+    chosen = jax.ShapeDtypeStruct((1, length), jnp.bool)
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(like, like, like, chosen).compile()
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"(?:f32|s32|pred|bf16)\[([\d,]+)\]", compiled.as_text())
+    ]
+    assert len(sizes) > 100
+    assert max(sizes) < length**2 / 64
+    assert compiled.memory_analysis().temp_size_in_bytes < length**2 / 4
+
+
+def test_work_is_skipped(call):
+    # every entry that would be visited beyond the window is infinite, and would give NaN
+    queries, (source,) = call(0, batch=1, rows=64, entries=(640,))
+    for array in (source.keys, source.values):
+        array[:, :512] = np.inf
+    start = np.full((1, 64), 512, np.int32)
+    output, _ = range_attention(
+        queries, [RangeSource(source.keys, source.values, start, start + 128)], backend="xla"
+    )
+    assert np.all(np.isfinite(output))
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from seqeff_kernels import range_attention
+from seqeff_kernels.range_attention.shapes import Shape, separator_sources, tokens
+
+shape = Shape(batch=4, length=150, heads=8, kv_heads=4, head_dim=8)
+*arrays, chosen = tokens(shape)
+starts = jnp.arange(150) // 40 * 40 * jnp.ones((4, 1), jnp.int32)
+
+def loss(queries, keys, values, chosen, starts):
+    sources = separator_sources(keys, values, chosen, 30, starts)
+    output, logsumexp = range_attention(queries, sources, backend="xla")
+    return (output ** 2).sum() + logsumexp.sum(), output
+
+run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+expected = run(*arrays, chosen, starts)
+mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+heads = NamedSharding(mesh, P("data", None, "tensor"))
+rows = NamedSharding(mesh, P("data"))
+sharded = run(*jax.device_put(arrays, heads), *jax.device_put((chosen, starts), rows))
+for got, wanted in zip(jax.tree.leaves(sharded), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+assert len(sharded[1].sharding.device_set) == 8, sharded[1].sharding
+print("agree", sharded[1].sharding.spec)
+"""
+
+
+def test_sharded_inputs_give_the_same():
+    import os
+
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "agree" in done.stdout
+
+
+def test_one_row_of_decoding_equals_its_row_of_the_whole():
+    shape = SHAPES["multi-query"]
+    queries, keys, values, _ = tokens(shape)
+    whole, _ = range_attention(queries, [TokenSource(keys, values, window=9)], backend="xla")
+    position = jnp.array([62, 5, 0])
+    unfilled = jnp.arange(63)[:, None, None] > position[:, None, None, None]
+    keys, values = (jnp.where(unfilled, jnp.nan, x) for x in (keys, values))
+    row = jnp.take_along_axis(queries, position[:, None, None, None], 1)
+    one, _ = range_attention(
+        row, [TokenSource(keys, values, window=9, row_offset=position)], backend="xla"
+    )
+    expected = jnp.take_along_axis(whole, position[:, None, None, None], 1)
+    np.testing.assert_allclose(one, expected, atol=FLOAT32["output"])

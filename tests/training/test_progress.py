@@ -1,0 +1,53 @@
+import io
+
+import jax
+import pytest
+
+from seqeff.training.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    now = 0.0
+    stream = io.StringIO()
+    with Progress(100, 40, stream=stream, interval=10.0, clock=lambda: now) as progress:
+        for step in range(41, 101):
+            now += 1.0
+            progress.update(step, 2.5, 12345.0)
+            if step == 60:
+                progress.write("validation loss 2.2")
+    assert stream.getvalue().splitlines() == [
+        "step 50/100, loss 2.5000, 12.3k tokens/s, 00:50 left",
+        "step 60/100, loss 2.5000, 12.3k tokens/s, 00:40 left",
+        "validation loss 2.2",
+        "step 70/100, loss 2.5000, 12.3k tokens/s, 00:30 left",
+        "step 80/100, loss 2.5000, 12.3k tokens/s, 00:20 left",
+        "step 90/100, loss 2.5000, 12.3k tokens/s, 00:10 left",
+        "step 100/100, loss 2.5000, 12.3k tokens/s, 00:00 left",
+    ]
+
+
+def test_a_bar_on_a_terminal() -> None:
+    stream = Terminal()
+    with Progress(10, 4, stream=stream) as progress:
+        progress.update(5, 3.0, 900.0)
+        progress.write("a sample")
+        progress.update(10, 2.0, 900.0)
+    shown = stream.getvalue()
+    assert "a sample\n" in shown
+    last = shown.rstrip().splitlines()[-1].split("\r")[-1]
+    assert last.startswith("100%|")
+    assert "10/10, loss 2.0000, 900 tokens/s, 00:00 left" in last
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_other_processes_are_silent(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Progress(10, stream=stream) as progress:
+        progress.update(10, 2.0, 900.0)
+        progress.write("a sample")
+    assert stream.getvalue() == ""
