@@ -37,7 +37,7 @@ def check_types(config: Any) -> None:
         hints = typing.get_type_hints(type(config))
     except NameError as error:
         raise ConfigError(
-            f"{type(config).__name__}: {error}, which an annotation uses; import it also at run time"
+            f"{type(config).__name__}: {error}, but an annotation uses it; import it at run time"
         ) from error
     for field in dataclasses.fields(config):
         value, expected = getattr(config, field.name), hints[field.name]
@@ -56,7 +56,8 @@ def flatten(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             if path:
                 flat[path] = type(value).__name__
-            items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+            names = [field.name for field in dataclasses.fields(value)]
+            items = [(name, getattr(value, name)) for name in names]
         elif isinstance(value, collections.abc.Mapping):
             items = [(str(key), item) for key, item in value.items()]
         elif isinstance(value, (list, tuple)) and any(map(dataclasses.is_dataclass, value)):

@@ -77,7 +77,9 @@ def test_the_message_names_the_field_its_value_and_the_type(annotation, value, m
 
 def test_an_annotation_that_cannot_be_read():
     config = dataclasses.make_dataclass("Config", [("field", "Absent")])
-    with pytest.raises(ConfigError, match=r"^Config: name 'Absent' is not defined, which an annot"):
+    with pytest.raises(
+        ConfigError, match=r"^Config: name 'Absent' is not defined, but an annotation"
+    ):
         check_types(config(1))
 
 

@@ -10,7 +10,8 @@ from wandb import wandb_agent
 
 from seqeff import config
 
-SWEEP = Path(__file__).parents[1] / "experiments/quickstart/sweep.yaml"
+REPOSITORY = Path(__file__).parents[1]
+SWEEP = REPOSITORY / "experiments/quickstart/sweep.yaml"
 
 CONFIG_CLASSES = """
     import dataclasses
@@ -70,27 +71,26 @@ def agent_command(sweep, values, monkeypatch):
     return started[0]
 
 
-def sampled(parameters):
-    """One value for each parameter: the first, or the least."""
-    return {
-        name: parameter.get("value", parameter.get("min", parameter.get("values", [None])[0]))
-        for name, parameter in parameters.items()
-    }
+def choices(parameter):
+    """The values, or the bounds, of a sweep file's parameter."""
+    if "value" in parameter:
+        return [parameter["value"]]
+    return parameter.get("values") or [parameter["min"], parameter["max"]]
 
 
-def test_the_quickstart_sweep(monkeypatch):
+@pytest.mark.parametrize("pick", [min, max])
+def test_the_quickstart_sweep(pick, monkeypatch):
     sweep = yaml.safe_load(SWEEP.read_text())
-    values = sampled(sweep["parameters"])
+    values = {name: pick(choices(given)) for name, given in sweep["parameters"].items()}
     command = agent_command(sweep, values, monkeypatch)
-    assert command[:4] == ["/usr/bin/env", "seqeff", "train", "configs/quickstart.gin"]
     overrides, rest = config.split_overrides(command)
-    assert rest == command[:4]
-    assert set(values) == {f"gin.{override.partition('=')[0]}" for override in overrides}
-    root = config.load("quickstart.gin", overrides).root
-    assert root.optimizer.learning_rate == 3e-4
-    assert root.attention.window == 32
-    assert root.seed == 0
-    assert root.tracker is not None
+    assert rest == ["/usr/bin/env", "seqeff", "train", "configs/quickstart.gin"]
+    monkeypatch.undo()
+    train = config.load(REPOSITORY / rest[-1], overrides).root
+    assert train.optimizer.learning_rate == values["gin.AdamW.learning_rate"]
+    assert train.model.attention.window == values["gin.SeparatorAttention.window"]
+    assert train.seed == values["gin.Train.seed"]
+    assert type(train.tracker).__name__ == "Wandb"
 
 
 def test_the_sweep_minimizes_what_training_logs():

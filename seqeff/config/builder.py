@@ -261,7 +261,7 @@ class Builder:
 
 
 def _default_bindings(classes: Classes, path: str) -> Iterator[Binding]:
-    """Nameless bindings of the defaults that are configs: gin builds them, so bindings reach them."""
+    """Nameless bindings of the defaults that are configs: gin builds them, so they can be bound."""
     names = {cls: selector for selector, cls in classes.by_name.items()}
     for cls, selector in names.items():
         for field in dataclasses.fields(cls):

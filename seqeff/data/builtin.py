@@ -95,8 +95,14 @@ def _topics(tree: ast.Module) -> list[str]:
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+    # docstrings stand in statements, which are a small part of what ast.walk visits
+    pending: list[ast.AST] = [tree]
+    for node in pending:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
             if text:
                 yield text
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            statements = getattr(node, block, None)
+            if isinstance(statements, list):
+                pending.extend(statements)

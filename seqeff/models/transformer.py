@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -24,10 +26,17 @@ from seqeff.models.norms import LayerNorm, Norm
 from seqeff.models.positions import Positions, Rotary, Rotation
 from seqeff.models.projections import HeadProjections
 
-_REMATERIALISATION = {
-    "full": None,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+import os
+_PREVENT_CSE = os.environ.get('PCSE')=='1'
+
+def _keep_products(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Keeps for the backward pass what is dear to compute: products with weights, and attention."""
+    if primitive.name == "dot_general":
+        (_, _), batch_dimensions = parameters["dimension_numbers"]
+        return not any(batch_dimensions)
+    if primitive.name == "name":
+        return parameters["name"] == "range_attention"
+    return "dot_product_attention" in primitive.name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,9 @@ class TransformerConfig:
         "sequential" one after the other.
       tie_embeddings: the output head is the embedding.
       dtype: of activations and matrix products; parameters and softmax are float32.
-      rematerialise: what the backward pass computes again: "none", all but the outputs of
-        matrix products with weights ("matmuls"), or everything inside a layer ("full").
+      rematerialise: what the backward pass computes again: nothing ("none"); norms, rotations and
+        activation functions ("elementwise"), which saves memory and memory traffic; or everything
+        inside a layer ("full").
       unroll: layers that one iteration of the compiled loop holds. More is faster to run and
         slower to compile.
       embedding_gradient: "scatter", or "matmul" for the same bits every time on GPU.
@@ -65,7 +75,7 @@ class TransformerConfig:
     tie_embeddings: bool = False
     initialisation: Initialisation = NormalInitialisation()
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    rematerialise: Literal["none", "matmuls", "full"] = "none"
+    rematerialise: Literal["none", "elementwise", "full"] = "elementwise"
     unroll: int = 1
     embedding_gradient: Literal["scatter", "matmul"] = "scatter"
     attention_backend: Literal["auto", "reference", "xla", "cudnn"] = "auto"
@@ -286,23 +296,38 @@ class Transformer(nnx.Module):
                 plan = attention.plan(context, document_start)
                 plans.append((attention, plan))
 
-            def layer(
-                x: jax.Array,
-                inputs: tuple[Any, Any],
-                attention: Attention = attention,
-                plan: Any = plan,
-            ) -> tuple[jax.Array, Any]:
-                state, layer_cache = inputs
-                return nnx.merge(graph, state)(x, attention, plan, step, layer_cache)
-
-            if config.rematerialise != "none":
-                layer = jax.checkpoint(layer, policy=_REMATERIALISATION[config.rematerialise])
-            inputs = jax.tree.map(lambda leaf: leaf[first:end], (stacked, cache))  # noqa: B023
+            layer = self._rematerialised(functools.partial(_layer, graph, attention, plan, step))
+            part = slice(first, end)
+            inputs = jax.tree.map(operator.itemgetter(part), (stacked, cache))
             x, layer_cache = jax.lax.scan(layer, x, inputs, unroll=min(config.unroll, end - first))
             caches.append(layer_cache)
         if cache is not None:
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         return self.final_norm(x), cache
+
+
+    def _rematerialised(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        match self.config.rematerialise:
+            case "none":
+                return layer
+            case "full":
+                policy = None
+            case "elementwise":
+                policy = _keep_products
+        return jax.checkpoint(layer, policy=policy, prevent_cse=_PREVENT_CSE)
+
+
+def _layer(
+    graph: nnx.GraphDef,
+    attention: Attention,
+    plan: Any,
+    step: _Step,
+    x: jax.Array,
+    inputs: tuple[Any, Any],
+) -> tuple[jax.Array, Any]:
+    """The body of the loop over layers."""
+    state, cache = inputs
+    return nnx.merge(graph, state)(x, attention, plan, step, cache)
 
 
 def _stack(config: TransformerConfig, rngs: nnx.Rngs) -> Layer:

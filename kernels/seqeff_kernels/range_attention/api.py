@@ -80,9 +80,7 @@ def explain(
 
 def _check(queries: Array, sources: tuple[Source, ...]) -> None:
     if queries.ndim != 4:
-        raise ValueError(
-            f"queries has shape {queries.shape}; give (batch, rows, heads, head_dim)"
-        )
+        raise ValueError(f"queries has shape {queries.shape}; give (batch, rows, heads, head_dim)")
     if not sources:
         raise ValueError("range_attention needs at least one source")
     for index, source in enumerate(sources):

@@ -88,9 +88,7 @@ def _attend_backward(scale, window, saved, gradients):
     if isinstance(logsumexp_gradient, SymbolicZero):
         return backward((output_gradient, jnp.zeros_like(logsumexp)))
     # cuDNN's backward takes no gradient of the logsumexp, and JAX's rule for it drops it
-    logsumexp, logsumexp_gradient = (
-        jnp.swapaxes(x, 1, 2) for x in (logsumexp, logsumexp_gradient)
-    )
+    logsumexp, logsumexp_gradient = (jnp.swapaxes(x, 1, 2) for x in (logsumexp, logsumexp_gradient))
     return xla.gradients(
         queries,
         TokenSource(keys, values, window=window),

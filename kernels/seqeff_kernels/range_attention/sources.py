@@ -149,7 +149,9 @@ def _check_entries(source: Source, queries: Array, name: str) -> None:
     if source.keys.shape[1] == 0:
         raise ValueError(f"{name} has no entries; leave the source out")
     if heads % source.keys.shape[2]:
-        raise ValueError(f"{name}: {heads} heads do not divide into {source.keys.shape[2]} KV heads")
+        raise ValueError(
+            f"{name}: {heads} heads do not divide into {source.keys.shape[2]} KV heads"
+        )
     if source.queries is not None and source.queries.shape != queries.shape:
         raise ValueError(
             f"{name}.queries has shape {source.queries.shape}; the call's has {queries.shape}"

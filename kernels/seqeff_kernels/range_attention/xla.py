@@ -156,9 +156,7 @@ def _visit(queries, source, tile, scale, is_clean, index, carry):
     # a row without entries so far has exp(lowest - lowest) = 1 for a masked entry
     weights = jnp.where(mask, jnp.exp(scores - new_maximum), 0)
     correction = jnp.exp(maximum - new_maximum)
-    weighted = weighted * correction + _dot(
-        "bkme,bekd->bkmd", weights.astype(values.dtype), values
-    )
+    weighted = weighted * correction + _dot("bkme,bekd->bkmd", weights.astype(values.dtype), values)
     return weighted, new_maximum, total * correction + weights.sum(-1, keepdims=True)
 
 
@@ -190,7 +188,9 @@ def _backward(
             sources, row_tiles, clean, entry_gradients, strict=True
         ):
             own = shared if tile.queries is None else tile.queries
-            begins_with = shared_gradient if tile.queries is None else jnp.zeros_like(shared_gradient)
+            begins_with = (
+                shared_gradient if tile.queries is None else jnp.zeros_like(shared_gradient)
+            )
             visit = functools.partial(_visit_backward, own, source, tile, scale, is_clean, *rest)
             gradient, keys_gradient, values_gradient = lax.fori_loop(
                 tile.first, tile.last, visit, (begins_with, keys_gradient, values_gradient)
