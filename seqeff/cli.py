@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, text: str, overrides: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: object, text: str, overrides: bool = False
+    ) -> argparse.ArgumentParser:
         epilog = _OVERRIDES if overrides else None
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
         sub.set_defaults(run=run, takes_overrides=overrides)
@@ -91,16 +94,17 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff import training
     from seqeff.runs import RunDirectory
 
-    resumed = RunDirectory(options.run_dir) if options.run_dir else None
-    if resumed is not None and not resumed.exists():
-        resumed = None
-    loaded = _load(options.config, overrides, resumed)
+    run = RunDirectory(options.run_dir) if options.run_dir else None
+    resumes = run is not None and run.exists()
+    # the run's own copy first: an outside module that both name is then the given one's
+    before = _load(run.operative_config, (), run).root if resumes else None
+    loaded = _load(options.config, overrides, run)
     config: training.Train = loaded.root
-    if resumed is not None:
-        _check_same_run(resumed, config)
+    if resumes:
+        _check_same_run(run, before, config)
     if options.dry_run:
         return _dry_run(config)
-    run = resumed or RunDirectory(options.run_dir or _fresh_directory(options.config))
+    run = run or RunDirectory(_fresh_directory(options.config))
     run.begin(loaded.text, loaded.operative, loaded.overrides, loaded.modules)
     print(f"run directory: {_shown(run.path)}", flush=True)
     outcome = training.train(config, run, checkpoint=options.checkpoint)
@@ -123,7 +127,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print()
     print(
         f"run directory: {_shown(run.path)}\nnext:\n"
-        f"  seqeff generate {_shown(run.path)} --prompt \"The \"\n"
+        f'  seqeff generate {_shown(run.path)} --prompt "The "\n'
         f"  seqeff eval {_shown(run.path)}\n"
         f"  seqeff train {options.config} --run-dir {_shown(run.path)} "
         f"--gin.Train.steps={2 * config.steps}"
@@ -175,14 +179,12 @@ def _generate(options: argparse.Namespace, _: Sequence[str]) -> int:
     context = config.data.sequence_length
     generator = Generator(program.graph, tokenizer.vocabulary_size, context)
     with jax.set_mesh(program.mesh):
-        ids = generator.stream(
-            parameters, prompt, options.tokens, sampling, tokenizer.end_of_text
-        )
-        first = next(ids, None)
+        ids = generator.stream(parameters, prompt, options.tokens, sampling, tokenizer.end_of_text)
+        # the first token comes before any text, so that an error leaves none behind
+        first = list(itertools.islice(ids, 1))
         print(options.prompt, end="", flush=True)
-        if first is not None:
-            for text in decode_stream(tokenizer, _chain(first, ids)):
-                print(text, end="", flush=True)
+        for text in decode_stream(tokenizer, itertools.chain(first, ids)):
+            print(text, end="", flush=True)
     print()
     return 0
 
@@ -253,21 +255,21 @@ def _load(path: Path, overrides: Sequence[str], run: RunDirectory | None) -> Loa
     return load(path, overrides, module_paths=[run.modules] if run is not None else [])
 
 
-def _check_same_run(run: RunDirectory, config: object) -> None:
+def _check_same_run(run: RunDirectory, before: object, config: object) -> None:
     """Refuses to go on with a run under another model, data or optimizer."""
     from seqeff.training import MAY_CHANGE
 
-    before = flatten(_load(run.operative_config, (), run).root)
-    now = flatten(config)
-    differing = [
-        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
-        for name in sorted(before.keys() | now.keys())
-        if name.split(".")[0] not in MAY_CHANGE and before.get(name) != now.get(name)
-    ]
+    old, new = flatten(before), flatten(config)
+    differing = []
+    for path in sorted(old.keys() | new.keys()):
+        if path.split(".")[0] not in MAY_CHANGE and old.get(path) != new.get(path):
+            parent, _, field = path.rpartition(".")
+            owner = new.get(parent) or old.get(parent) or type(config).__name__
+            differing.append(f"{owner}.{field} = {new.get(path)!r} (there {old.get(path)!r})")
     if differing:
         raise UserError(
-            f"{_shown(run.path)} holds another run; choose another --run-dir, or undo: "
-            + "; ".join(differing)
+            f"{_shown(run.path)} holds another run; choose another --run-dir, or undo "
+            + ", ".join(differing)
         )
 
 
@@ -285,24 +287,24 @@ def _positive(text: str) -> int:
 
 
 def _fresh_directory(config: Path) -> Path:
-    """A new directory under runs/, named after the config and the time."""
+    """A new directory under runs/, named after the config and the time; nobody else gets it."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path, count = Path("runs") / f"{config.stem}-{stamp}", 1
-    while path.exists():
-        count += 1
-        path = Path("runs") / f"{config.stem}-{stamp}-{count}"
-    return path
+    for count in itertools.count(1):
+        path = Path("runs") / f"{config.stem}-{stamp}{'' if count == 1 else f'-{count}'}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make a run directory {path}: {error.strerror}") from error
+        return path
+    raise AssertionError
 
 
 def _shown(path: Path) -> str:
     """A path as short as it can be from here."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _chain(first: int, rest):  # noqa: ANN001, ANN202
-    yield first
-    yield from rest
 
 
 if __name__ == "__main__":

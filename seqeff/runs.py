@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,22 @@ class RunDirectory:
                 "give the directory that `seqeff train` printed"
             )
         return self
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes of this host from training here at the same time.
+
+        Raises:
+          UserError: one already does.
+        """
+        with open(self.path / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training in {self.path}; wait for it, or end it"
+                ) from None
+            yield
 
     def begin(
         self, config: str, operative: str, overrides: Sequence[str], modules: Mapping[str, Path]

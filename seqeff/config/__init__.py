@@ -31,7 +31,6 @@ from seqeff.config.builder import Builder, cleared_gin
 from seqeff.config.modules import Classes
 from seqeff.config.overrides import split_overrides
 from seqeff.config.reader import ALIASES, Reader
-from seqeff.config.statements import Difference, difference
 
 __all__ = [
     "ALIASES",

@@ -7,58 +7,12 @@ import dataclasses
 import re
 import tokenize
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from gin import config_parser
 
 from seqeff.checks import ConfigError
 from seqeff.config.overrides import WORDS
-
-
-class Difference(NamedTuple):
-    """A binding that differs: its name and both values as gin text, None where it is not bound."""
-
-    name: str
-    old: str | None
-    new: str | None
-
-
-def difference(old: str, new: str) -> list[Difference]:
-    """The bindings in which two operative configs differ, sorted, macros replaced by their values.
-
-    A field that did not exist when `old` was written differs; an `old` that was loaded again, with
-    its new `operative`, has it at its default.
-    """
-    before, after = _bindings_of(old), _bindings_of(new)
-    return [
-        Difference(name, before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _bindings_of(operative: str) -> dict[str, str]:
-    statements = [
-        statement
-        for statement in parse(operative, "operative config")
-        if isinstance(statement, config_parser.BindingStatement)
-    ]
-    names = ["/".join(filter(None, (s.scope, s.selector))) for s in statements]
-    macros = {n: s.value for n, s in zip(names, statements, strict=True) if not s.arg_name}
-
-    def resolved(value: Any) -> Any:
-        if isinstance(value, Macro):
-            return resolved(macros.get(value.name))
-        # 1000 and 1000.0 are one value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        return map_items(resolved, value)
-
-    return {
-        f"{name}.{statement.arg_name}": repr(resolved(statement.value))
-        for name, statement in zip(names, statements, strict=True)
-        if statement.arg_name
-    }
 
 
 @dataclasses.dataclass(frozen=True)

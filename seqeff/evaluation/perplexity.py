@@ -65,9 +65,7 @@ def make_evaluate(
         losses = token_losses(hidden, model.head(), batch.targets)
         counted = (batch.loss_weights > 0).astype(jnp.float32)
         sizes = jnp.take(lengths, batch.targets, mode="clip")
-        return jnp.stack(
-            [jnp.sum(counted * losses), jnp.sum(counted), jnp.sum(counted * sizes)]
-        )
+        return jnp.stack([jnp.sum(counted * losses), jnp.sum(counted), jnp.sum(counted * sizes)])
 
     def evaluate(parameters: Any, batches: Iterable[Batch]) -> Perplexity:
         # the next batch is on its way while the last one computes

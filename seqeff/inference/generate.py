@@ -53,7 +53,9 @@ class Generator:
             static_argnames=("sampling",),
             donate_argnames=("cache",),
         )
-        self._empty = jax.jit(lambda parameters: nnx.merge(graph, parameters).empty_cache(1, context))
+        self._empty = jax.jit(
+            lambda parameters: nnx.merge(graph, parameters).empty_cache(1, context)
+        )
 
     def stream(
         self, parameters: Any, prompt: Sequence[int], tokens: int, sampling: Sampling, stop: int

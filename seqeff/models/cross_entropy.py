@@ -52,10 +52,9 @@ def token_losses(
 
 
 def _logits(rows: jax.Array, head: jax.Array) -> jax.Array:
-    import os
     return jnp.einsum(
-        "brw,vw->brv", rows, head.astype(rows.dtype), preferred_element_type=rows.dtype if os.environ.get("BF16L") else jnp.float32
-    ).astype(jnp.float32)
+        "brw,vw->brv", rows, head.astype(rows.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def _at(logits: jax.Array, targets: jax.Array) -> jax.Array:

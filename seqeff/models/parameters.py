@@ -13,9 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 BATCH_AXES = ("data", "fsdp")
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, partition: PartitionSpec) -> nnx.Param:
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], std: float, partition: PartitionSpec
+) -> nnx.Param:
     """A float32 parameter drawn from a normal distribution, with its place on the mesh."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), partition=partition)
+    return nnx.Param(
+        std * jax.random.normal(rngs.params(), shape, jnp.float32), partition=partition
+    )
 
 
 def constant(shape: tuple[int, ...], value: float, partition: PartitionSpec) -> nnx.Param:
@@ -48,7 +52,7 @@ def parameter_shardings(module: nnx.Module, mesh: jax.sharding.Mesh) -> Any:
 def constrain(array: jax.Array, *partition: Any) -> jax.Array:
     """Keeps an activation's batch on the data axes, and other axes as said, under a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return array
     batch = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     first = BATCH_AXES if array.shape[0] % batch == 0 else None

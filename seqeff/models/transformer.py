@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
-from seqeff_kernels.range_attention import range_attention
 
 from seqeff.checks import check_types, require
 from seqeff.models import parameters
@@ -25,9 +24,8 @@ from seqeff.models.initialisation import Initialisation, NormalInitialisation
 from seqeff.models.norms import LayerNorm, Norm
 from seqeff.models.positions import Positions, Rotary, Rotation
 from seqeff.models.projections import HeadProjections
+from seqeff_kernels.range_attention import range_attention
 
-import os
-_PREVENT_CSE = os.environ.get('PCSE')=='1'
 
 def _keep_products(primitive: Any, *_: Any, **parameters: Any) -> bool:
     """Keeps for the backward pass what is dear to compute: products with weights, and attention."""
@@ -68,7 +66,7 @@ class TransformerConfig:
     projections: HeadProjections
     feed_forward: FeedForward
     attention: Attention = DenseAttention()
-    layer_attention: Mapping[int, Attention] = dataclasses.field(default_factory=dict)
+    layer_attention: Mapping[int, Attention] = dataclasses.field(default_factory=dict, hash=False)
     norm: Norm = LayerNorm()
     positions: Positions = Rotary()
     residual: Literal["sequential", "parallel"] = "sequential"
@@ -86,11 +84,18 @@ class TransformerConfig:
             value = getattr(self, name)
             require(value >= 1, f"TransformerConfig.{name} = {value} must be at least 1")
         head_dim = self.projections.size(self.width)
-        self.positions.rotation(jnp.zeros((1, 1), jnp.int32), head_dim)
+        # shapes only: a config must not start the devices
+        position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        jax.eval_shape(lambda position: self.positions.rotation(position, head_dim), position)
         for layer in self.layer_attention:
             require(
                 -self.layers <= layer < self.layers,
                 f"TransformerConfig.layer_attention names layer {layer}; there are {self.layers}",
+            )
+            require(
+                layer >= 0 or layer + self.layers not in self.layer_attention,
+                f"TransformerConfig.layer_attention names one layer as {layer} and as "
+                f"{layer + self.layers}; keep one",
             )
 
     def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
@@ -280,11 +285,15 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """All layers over `tokens`, rows [first_row, ...) of `context`."""
         config = self.config
-        x = embed(
-            self.embedding[...], tokens, jnp.dtype(config.dtype), config.embedding_gradient
-        )
+        x = embed(self.embedding[...], tokens, jnp.dtype(config.dtype), config.embedding_gradient)
         if self.position_embedding is not None:
-            x = x + jnp.take(self.position_embedding[...], positions, axis=0).astype(x.dtype)
+            table = self.position_embedding[...]
+            require(
+                context.shape[1] <= table.shape[0],
+                f"LearnedPositions.length = {table.shape[0]} is below the row's "
+                f"{context.shape[1]} tokens",
+            )
+            x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
         head_dim = config.projections.size(config.width)
         step = _Step(config.positions.rotation(positions, head_dim), first_row)
         graph, stacked = nnx.split(self.layers)
@@ -305,16 +314,12 @@ class Transformer(nnx.Module):
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         return self.final_norm(x), cache
 
-
     def _rematerialised(self, layer: Callable[..., Any]) -> Callable[..., Any]:
-        match self.config.rematerialise:
-            case "none":
-                return layer
-            case "full":
-                policy = None
-            case "elementwise":
-                policy = _keep_products
-        return jax.checkpoint(layer, policy=policy, prevent_cse=_PREVENT_CSE)
+        if self.config.rematerialise == "none":
+            return layer
+        policy = _keep_products if self.config.rematerialise == "elementwise" else None
+        # the loop over layers already keeps the compiler from sharing the two computations
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _layer(

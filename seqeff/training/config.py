@@ -93,7 +93,6 @@ class Train:
 
 
 MAY_CHANGE = frozenset(
-    """steps mesh checkpoints tracker guard log_every evaluate_every evaluation_batches
-    sample_every sample_prompt sample_tokens sampling profile expected_bits_per_byte""".split()
+    ["steps", "mesh", "checkpoints", "tracker", "guard", "log_every", "evaluate_every", "evaluation_batches", "sample_every", "sample_prompt", "sample_tokens", "sampling", "profile", "expected_bits_per_byte"]
 )
 """Fields of `Train` that a resumed run may set anew."""

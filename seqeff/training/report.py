@@ -66,7 +66,8 @@ class Report:
         devices = self._program.mesh.devices
         utilisation = model_flops_utilisation(speed, self._flops, devices.size, devices.flat[0])
         values |= {
-            "learning_rate": float(self._program.learning_rate(step - 1)),
+            # the schedule stands still while steps are skipped
+            "learning_rate": float(self._program.learning_rate(step - 1 - values["skipped"])),
             "tokens": step * self._config.tokens_per_step,
             "tokens_per_second": speed,
             **({} if utilisation is None else {"mfu": utilisation}),
@@ -103,7 +104,11 @@ class Report:
         prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)]
         prompt = prompt[: config.data.sequence_length // 2]
         ids = self._generator.stream(
-            state["parameters"], prompt, config.sample_tokens, config.sampling, tokenizer.end_of_text
+            state["parameters"],
+            prompt,
+            config.sample_tokens,
+            config.sampling,
+            tokenizer.end_of_text,
         )
         text = config.sample_prompt + "".join(decode_stream(tokenizer, ids))
         if record:

@@ -43,11 +43,10 @@ def make_initialise(
 def state_shardings(state: State, model: Transformer, mesh: Mesh) -> State:
     """Where every array of an abstract state lives: optimizer statistics beside their parameter."""
     parameters = parameter_shardings(model, mesh)
-    placed = {
-        tuple(path): sharding
-        for path, sharding in jax.tree.leaves_with_path(parameters)
+    placed = {tuple(path): sharding for path, sharding in jax.tree.leaves_with_path(parameters)}
+    shapes = {
+        tuple(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state["parameters"])
     }
-    shapes = {tuple(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state["parameters"])}
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -106,9 +105,7 @@ def make_step(
                 total, state["optimizer"], state["parameters"]
             )
             parameters = optax.apply_updates(state["parameters"], updates)
-        accept, guard_state = guard.judge(
-            state["guard"], metrics["loss"], metrics["gradient_norm"]
-        )
+        accept, guard_state = guard.judge(state["guard"], metrics["loss"], metrics["gradient_norm"])
         kept = jax.tree.map(
             lambda new, old: jnp.where(accept, new, old),
             {"parameters": parameters, "optimizer": optimizer_state},

@@ -45,10 +45,12 @@ def train(config: Train, run: RunDirectory, *, checkpoint: int | None = None) ->
     Raises:
       UserError: bad data, a disk that cannot be written, too many skipped steps.
     """
-    prepare_backend(config)
-    prepared = prepare_for(config, run)
-    program = Program(config, prepared.tokenizer.vocabulary())
     with ExitStack() as stack:
+        prepare_backend(config)
+        if jax.process_index() == 0:
+            stack.enter_context(run.lock())
+        prepared = prepare_for(config, run)
+        program = Program(config, prepared.tokenizer.vocabulary())
         stack.enter_context(jax.set_mesh(program.mesh))
         store = stack.enter_context(CheckpointStore(run.checkpoints, config.checkpoints))
         state, first = _begin(program, config, store, checkpoint)

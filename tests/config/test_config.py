@@ -177,30 +177,11 @@ def test_operative_config_is_whole_and_loads_again(folder):
     again = loaded(first.operative)
     assert again.root == first.root
     assert again.operative == first.operative
-    assert config.difference(first.operative, again.operative) == []
 
 
 def test_operative_text_does_not_depend_on_the_order_of_bindings():
     lines = [*textwrap.dedent(BASE).split("\n"), "Train.steps = 4"]
     assert loaded("\n".join(lines)).operative == loaded("\n".join(reversed(lines))).operative
-
-
-def test_difference():
-    old = loaded(with_base("STEPS = 4\nTrain.steps = %STEPS")).operative
-    assert config.difference(old, loaded(with_base("Train.steps = 4")).operative) == []
-    new = loaded(
-        with_base("Train.optimizer = @Muon()\nTrain.steps = 5\nRMSNorm.epsilon = 1")
-    ).operative
-    assert config.difference(old, new) == [
-        ("AdamW.b1", "0.9", None),
-        ("AdamW.learning_rate", "0.001", None),
-        ("Muon.learning_rate", None, "0.02"),
-        ("RMSNorm.epsilon", "1e-06", "1"),
-        ("Train.optimizer", "@AdamW()", "@Muon()"),
-        ("Train.steps", "4", "5"),
-    ]
-    assert config.difference("A.x = 1", "A.x = 1.0") == []
-    assert config.difference("A.x = 1", "A.x = True") == [("A.x", "1", "True")]
 
 
 def test_old_names_still_load(monkeypatch):

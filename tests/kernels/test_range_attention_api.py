@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from seqeff_kernels import RangeSource, TokenSource, explain, range_attention
 from seqeff_kernels.range_attention import cudnn, xla
 from seqeff_kernels.range_attention.shapes import Shape, tokens
@@ -60,7 +61,7 @@ def test_every_backend_says_whether_it_is_available(arrays):
     reasons = explain(queries, [TokenSource(keys, values)])
     assert reasons["reference"] == reasons["xla"] == "available"
     assert "CUDA" in reasons["cudnn"]
-    with pytest.raises(ValueError, match="cudnn.*CUDA"):
+    with pytest.raises(ValueError, match=r"cudnn.*CUDA"):
         range_attention(queries, [TokenSource(keys, values)], backend="cudnn")
 
 
@@ -68,10 +69,12 @@ def test_every_backend_says_whether_it_is_available(arrays):
 def test_auto_takes_cudnn_for_causal_attention_and_windows(arrays, hopper, window, passed):
     queries, keys, values = arrays
     sources = [TokenSource(keys, values, window=window)]
-    output, logsumexp = range_attention(queries, sources)
+    output, logsumexp = jax.jit(range_attention)(queries, sources)
     assert hopper == [f"forward, window {passed}"]
     assert logsumexp.dtype == jnp.float32
-    expected = range_attention(queries, sources, backend="reference")
+    expected = jax.jit(range_attention, static_argnames="backend")(
+        queries, sources, backend="reference"
+    )
     for got, wanted in zip((output, logsumexp), expected, strict=True):
         np.testing.assert_allclose(got.astype(jnp.float32), wanted.astype(jnp.float32), atol=2e-2)
 
@@ -79,20 +82,20 @@ def test_auto_takes_cudnn_for_causal_attention_and_windows(arrays, hopper, windo
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (dict(document_start=jnp.zeros((2, 40), jnp.int32)), "documents"),
-        (dict(row_offset=1), "from the first"),
-        (dict(row_offset=jnp.int32(0)), "from the first"),
-        (dict(keys=jnp.zeros((2, 41, 2, 16), jnp.bfloat16)), "all the tokens"),
-        (dict(values=jnp.zeros((2, 40, 2, 16), jnp.float32)), "bfloat16 or float16"),
+        ({"document_start": jnp.zeros((2, 40), jnp.int32)}, "documents"),
+        ({"row_offset": 1}, "from the first"),
+        ({"row_offset": jnp.int32(0)}, "from the first"),
+        ({"keys": jnp.zeros((2, 41, 2, 16), jnp.bfloat16)}, "all the tokens"),
+        ({"values": jnp.zeros((2, 40, 2, 16), jnp.float32)}, "bfloat16 or float16"),
     ],
 )
 def test_auto_leaves_to_the_portable_form_what_cudnn_cannot_do(arrays, hopper, change, reason):
     queries, keys, values = arrays
     if "keys" in change:
-        change["values"] = change["keys"]
+        change = {"values": change["keys"]} | change
     source = dataclasses.replace(TokenSource(keys, values), **change)
     assert reason in explain(queries, [source])["cudnn"]
-    range_attention(queries, [source])
+    jax.eval_shape(range_attention, queries, [source])
     assert hopper == []
 
 

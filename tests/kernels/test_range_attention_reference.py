@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from seqeff_kernels import RangeSource, TokenSource, range_attention
 from seqeff_kernels.range_attention.shapes import separator_sources
 

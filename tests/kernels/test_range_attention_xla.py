@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from seqeff_kernels import RangeSource, TokenSource, range_attention
+
+from seqeff_kernels import RangeSource, TokenSource, cost, range_attention
+from seqeff_kernels.range_attention import xla
 from seqeff_kernels.range_attention.shapes import SHAPES, separator_sources, tokens
 
 # the two sum in different orders; gradients sum over rows and are larger
@@ -191,16 +193,31 @@ def test_nothing_of_size_length_squared_exists():
     assert compiled.memory_analysis().temp_size_in_bytes < length**2 / 4
 
 
-def test_work_is_skipped(call):
-    # every entry that would be visited beyond the window is infinite, and would give NaN
-    queries, (source,) = call(0, batch=1, rows=64, entries=(640,))
-    for array in (source.keys, source.values):
-        array[:, :512] = np.inf
-    start = np.full((1, 64), 512, np.int32)
-    output, _ = range_attention(
-        queries, [RangeSource(source.keys, source.values, start, start + 128)], backend="xla"
-    )
-    assert np.all(np.isfinite(output))
+def test_visits_the_tiles_that_the_cost_counts(call, monkeypatch):
+    visited = []
+
+    def counted(visit):
+        def count_and_visit(*arguments):
+            jax.debug.callback(lambda index: visited.append(int(index)), arguments[-2])
+            return visit(*arguments)
+
+        return count_and_visit
+
+    for name in ("_visit", "_visit_backward"):
+        monkeypatch.setattr(xla, name, counted(getattr(xla, name)))
+    queries, sources = call(8, rows=200, entries=(150, 700))
+    expected = 0
+    for source in sources:
+        rows, entries = xla.tile_sizes(200, source.keys.shape[1])
+        tiles = cost(
+            queries, [source], tile_rows=rows, tile_entries=entries, batch_shares_tiles=True
+        ).tiles
+        expected += tiles // (queries.shape[0] * queries.shape[2])
+    assert expected < 4 * (3 + 11)  # not all
+    gradient = jax.grad(lambda q: range_attention(q, sources, backend="xla")[0].sum())
+    jax.block_until_ready(gradient(jnp.asarray(queries)))
+    jax.effects_barrier()
+    assert len(visited) == 2 * expected
 
 
 SHARDED = """

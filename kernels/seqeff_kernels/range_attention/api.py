@@ -59,8 +59,8 @@ def range_attention(
         obstacle = chosen.obstacle(queries, sources)
         if obstacle:
             raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
-    scale = queries.shape[-1] ** -0.5 if scale is None else float(scale)
-    return chosen.attend(queries, sources, scale)
+    factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
+    return chosen.attend(queries, sources, factor)
 
 
 def explain(

@@ -7,6 +7,7 @@ dtype.
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,9 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
         return f"it needs a CUDA device; the default backend is {jax.default_backend()}"
     if cuda_versions is None:
         return "jax was installed without cuDNN"
-    if len(sources) != 1 or not isinstance(sources[0], TokenSource):
+    source = sources[0]
+    if len(sources) != 1 or not isinstance(source, TokenSource):
         return "it serves one TokenSource"
-    (source,) = sources
     own = queries if source.queries is None else source.queries
     dtypes = {str(array.dtype) for array in (own, source.keys, source.values)}
     if dtypes not in ({"bfloat16"}, {"float16"}):
@@ -58,24 +59,30 @@ def attend(
     return output, jnp.swapaxes(logsumexp, 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(
+def _fused(
     queries: Array, keys: Array, values: Array, scale: float, window: int | None
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch heads rows"]]:
-    return fused_attention_stablehlo.dot_product_attention(
-        queries,
-        keys,
-        values,
-        scale=scale,
-        mask_type=fused_attention_stablehlo.MaskType.CAUSAL,
-        sliding_window_length=window,  # counts the row's own token, as ours does
-        return_residual=True,
+    output, logsumexp = cast(
+        tuple[Array, Array],
+        fused_attention_stablehlo.dot_product_attention(
+            queries,
+            keys,
+            values,
+            scale=scale,
+            mask_type=fused_attention_stablehlo.MaskType.CAUSAL,
+            sliding_window_length=window,  # counts the row's own token, as ours does
+            return_residual=True,
+        ),
     )
+    return output, logsumexp
+
+
+_attend = jax.custom_vjp(_fused, nondiff_argnums=(3, 4))
 
 
 def _attend_forward(queries, keys, values, scale, window):
     queries, keys, values = (primal.value for primal in (queries, keys, values))
-    fused = functools.partial(_attend.fun, scale=scale, window=window)
+    fused = functools.partial(_fused, scale=scale, window=window)
     outputs, backward = jax.vjp(fused, queries, keys, values)
     return outputs, (backward, queries, keys, values, outputs)
 

@@ -24,7 +24,7 @@ class PackedIndices(NamedTuple):
     count: Int[Array, "batch length"]
 
     @property
-    def overflows(self) -> Bool[Array, "batch"]:
+    def overflows(self) -> Bool[Array, " batch"]:
         """Whether more tokens are chosen than there is capacity for."""
         return self.count[:, -1] > self.indices.shape[1]
 

@@ -72,7 +72,7 @@ class TokenSource:
     values: Float[Array, "batch entries kv_heads head_dim"]
     document_start: Int[Array, "batch rows"] | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
-    row_offset: int | Int[Array, ""] | Int[Array, "batch"] | None = None
+    row_offset: int | Int[Array, ""] | Int[Array, " batch"] | None = None
     queries: Float[Array, "batch rows heads head_dim"] | None = None
 
     @property
@@ -135,7 +135,7 @@ def _check_integers(array: Array, shapes: tuple[tuple[int, ...], ...], name: str
 
 
 def _check_entries(source: Source, queries: Array, name: str) -> None:
-    batch, rows, heads, head_dim = queries.shape
+    batch, _, heads, head_dim = queries.shape
     if source.keys.ndim != 4 or source.keys.shape != source.values.shape:
         raise ValueError(
             f"{name}.keys and values have shapes {source.keys.shape} and {source.values.shape}; "

@@ -9,7 +9,7 @@ nothing for a row leaves that row's numbers as they were, bit for bit.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def attend(
         for source in sources
     )
     clean = tuple(source.attends_every_entry(rows) for source in sources)
-    return _attend(queries, entries, scale, clean)
+    return cast(tuple[Array, Array], _attend(queries, entries, scale, clean))
 
 
 def gradients(
@@ -55,7 +55,7 @@ def gradients(
     entries = _Entries(None, source.keys, source.values, *source.bounds(rows))
     clean = (source.attends_every_entry(rows),)
     queries_gradient, ((_, keys_gradient, values_gradient),) = _backward(
-        queries, (entries,), *outputs, *output_gradients, scale, clean
+        queries, (entries,), outputs, output_gradients, scale, clean
     )
     return queries_gradient, keys_gradient, values_gradient
 
@@ -87,8 +87,8 @@ class _RowTiles(NamedTuple):
     queries: Float[Array, "row_tiles batch kv_heads group*tile_rows head_dim"] | None
     start: Int[Array, "row_tiles batch_or_1 kv_heads_or_1 tile_rows"]
     end: Int[Array, "row_tiles batch_or_1 kv_heads_or_1 tile_rows"]
-    first: Int[Array, "row_tiles"]
-    last: Int[Array, "row_tiles"]
+    first: Int[Array, " row_tiles"]
+    last: Int[Array, " row_tiles"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -104,8 +104,15 @@ def _attend_forward(queries, sources, scale, clean):
 
 
 def _attend_backward(scale, clean, saved, gradients):
-    queries_gradient, source_gradients = _backward(*saved, *gradients, scale, clean)
-    return queries_gradient, tuple(_Entries(*g, None, None) for g in source_gradients)
+    queries, sources, output, logsumexp = saved
+    queries_gradient, source_gradients = _backward(
+        queries, sources, (output, logsumexp), gradients, scale, clean
+    )
+    return queries_gradient, tuple(
+        # None: integers have no gradient
+        source._replace(queries=own, keys=keys, values=values, start=None, end=None)
+        for source, (own, keys, values) in zip(sources, source_gradients, strict=True)
+    )
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -120,7 +127,7 @@ def _forward(
 
     def one_row_tile(_, tiles):
         shared, row_tiles = tiles
-        statistics = shared.shape[:-1] + (1,)
+        statistics = (*shared.shape[:-1], 1)
         carry = (
             jnp.zeros(shared.shape, jnp.float32),
             jnp.full(statistics, _LOWEST, jnp.float32),
@@ -163,14 +170,13 @@ def _visit(queries, source, tile, scale, is_clean, index, carry):
 def _backward(
     queries: Array,
     sources: tuple[_Entries, ...],
-    output: Array,
-    logsumexp: Array,
-    output_gradient: Array,
-    logsumexp_gradient: Array,
+    outputs: tuple[Array, Array],
+    output_gradients: tuple[Array, Array],
     scale: float,
     clean: tuple[bool, ...],
 ) -> tuple[Array, list[tuple[Array | None, Array, Array]]]:
     """Gradients of the queries, and of each source's own queries, keys and values."""
+    (output, logsumexp), (output_gradient, logsumexp_gradient) = outputs, output_gradients
     rows, heads = queries.shape[1:3]
     kv_heads = sources[0].keys.shape[2]
     tile_rows = tile_sizes(rows, 1)[0]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from jaxtyping import Array, Float, Int
-from seqeff_kernels.range_attention import TokenSource
 
 from seqeff.checks import check_types, require
 from seqeff.models.attention.protocol import take_rows
+from seqeff_kernels.range_attention import TokenSource
 
 
 class DensePlan(NamedTuple):

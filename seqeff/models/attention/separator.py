@@ -9,10 +9,17 @@ from typing import NamedTuple, Self
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from seqeff_kernels.range_attention import PackedIndices, RangeSource, Source, TokenSource, gather, pack
 
 from seqeff.checks import ConfigError, check_types, require
 from seqeff.models.attention.protocol import take_rows
+from seqeff_kernels.range_attention import (
+    PackedIndices,
+    RangeSource,
+    Source,
+    TokenSource,
+    gather,
+    pack,
+)
 
 # The literal lists of the paper's code: training and streaming (the latter adds merged tokens).
 PRESETS: dict[str, tuple[int, ...]] = {
@@ -75,6 +82,11 @@ class SeparatorAttention:
         require(
             self.preset is None or self.preset in PRESETS,
             f"SeparatorAttention.preset = {self.preset!r} is not one of {', '.join(PRESETS)}",
+        )
+        require(
+            min(self.separator_ids or (0,)) >= 0,
+            f"SeparatorAttention.separator_ids = {self.separator_ids} must not be negative; "
+            "give () for none",
         )
 
     def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:

@@ -1,0 +1,82 @@
+"""Which tokens count as separators, and what the config refuses."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqeff.checks import ConfigError
+from seqeff.models import SeparatorAttention
+
+TEXTS = ["a", ".", " the", ".\n\n", "),", ". ", "),(", "\t", "?!", ".a", "", "\u00e9;", ":x:", "\u3002"]
+
+
+def test_separators_are_the_tokens_that_end_with_a_character():
+    derived = SeparatorAttention().for_vocabulary(TEXTS)
+    assert [TEXTS[i] for i in derived.separator_ids] == [
+        *(".", ".\n\n", "),", ". ", "\t", "?!", "\u00e9;", ":x:")
+    ]
+    assert derived.for_vocabulary(TEXTS) == derived
+
+
+def test_the_characters_are_configurable():
+    assert SeparatorAttention(characters="a").for_vocabulary(TEXTS).separator_ids == (0, 9)
+    assert SeparatorAttention(characters="\u3002").for_vocabulary(TEXTS).separator_ids == (13,)
+    assert SeparatorAttention(characters="").for_vocabulary(TEXTS).separator_ids == ()
+
+
+def test_given_ids_are_kept():
+    given = SeparatorAttention(separator_ids=(4, 2)).for_vocabulary(TEXTS)
+    assert given.separator_ids == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary_size", "first", "last", "size"),
+    [
+        ("pythia", 50304, 15, 187, 9),
+        ("pythia-streaming", 50304, 15, 50275, 20),
+        ("llama3", 128256, 13, 128000, 9),
+        ("llama3-streaming", 128256, 13, 262, 17),
+        ("llama3-sepcache", 128256, 13, 128000, 18),
+        ("falcon", 65024, 25, 466, 13),
+    ],
+)
+def test_presets(preset, vocabulary_size, first, last, size):
+    attention = SeparatorAttention(preset=preset).for_vocabulary(["a"] * vocabulary_size)
+    ids = attention.separator_ids
+    assert (ids[0], ids[-1], len(set(ids))) == (first, last, size)
+    with pytest.raises(ConfigError, match="lie outside the tokenizer's 100 tokens"):
+        attention.for_vocabulary(["a"] * 100)
+
+
+def test_ids_that_the_tokens_never_reach_are_no_separators():
+    tokens = jnp.asarray([[0, 9, 1, 9, 0, 0]])
+    attention = SeparatorAttention(window=1, initial_tokens=0, separator_ids=(1,))
+    packed = attention.plan(tokens, None).packed
+    np.testing.assert_array_equal(packed.count[0], [0, 0, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": 0}, "SeparatorAttention.window = 0 must be at least 1"),
+        ({"initial_tokens": -1}, "SeparatorAttention.initial_tokens = -1 must not be negative"),
+        ({"preset": "opt"}, "SeparatorAttention.preset = 'opt' is not one of pythia, pythia-str"),
+        ({"separator_ids": (3, -1)}, "SeparatorAttention.separator_ids = (3, -1) must not be neg"),
+        ({"separator_ids": (1.5,)}, "SeparatorAttention.separator_ids = (1.5,) is of type tuple"),
+        ({"characters": None}, "SeparatorAttention.characters = None is of type NoneType; give str"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SeparatorAttention(**fields)
+
+
+def test_vocabularies_that_do_not_fit():
+    with pytest.raises(ConfigError, match=r"characters = '#': no token of the tokenizer ends with"):
+        SeparatorAttention(characters="#").for_vocabulary(TEXTS)
+    with pytest.raises(ConfigError, match=r"separator ids \[14, 99\] lie outside the tokenizer's 14"):
+        SeparatorAttention(separator_ids=(3, 14, 99)).for_vocabulary(TEXTS)
+    with pytest.raises(ConfigError, match="call for_vocabulary with the tokenizer's vocabulary"):
+        SeparatorAttention().plan(jnp.zeros((1, 3), jnp.int32), None)
