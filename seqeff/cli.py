@@ -6,17 +6,22 @@ import argparse
 import dataclasses
 import datetime
 import itertools
+import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from seqeff.checks import UserError, flatten
 
 if TYPE_CHECKING:
+    from seqeff import training
     from seqeff.config import LoadedConfig
+    from seqeff.data import Tokenizer
     from seqeff.runs import RunDirectory
+    from seqeff.training.program import Program
 
 _OVERRIDES = "any number of --gin.NAME=VALUE change bindings of the config"
 
@@ -37,11 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"seqeff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        # whoever read the output has gone; Python would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake on one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="seqeff",
         description="Language models that spend less per token of context.",
         epilog=_OVERRIDES,
@@ -68,15 +84,15 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _evaluate, "Score a run on its held-out documents.")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
+    evaluate.add_argument("--batches", type=positive_integer, help="at most so many batches")
     _add_checkpoint(evaluate)
 
     generate = command("generate", _generate, "Continue a prompt with a run's model.")
     generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--tokens", type=_positive, default=200, help="at most (default: 200)")
+    generate.add_argument("--tokens", type=positive_integer, default=200, help="at most (default: 200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
-    generate.add_argument("--top-k", type=_positive, help="draw among the likeliest (default: all)")
+    generate.add_argument("--top-k", type=positive_integer, help="draw among the likeliest (default: all)")
     generate.add_argument("--seed", type=int, default=0)
     _add_checkpoint(generate)
 
@@ -85,14 +101,17 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "Measure speed on this machine, as JSON.", True)
     bench.add_argument("what", choices=("train", "data"))
     bench.add_argument("configs", nargs="*", type=Path, help="for train: gin files, one row each")
-    bench.add_argument("--steps", type=_positive, default=20, help="timed steps (default: 20)")
+    bench.add_argument("--steps", type=positive_integer, default=20, help="timed steps (default: 20)")
     bench.add_argument("--json", type=Path, help="write the results to this file")
     return parser
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    import jax
+
     from seqeff import training
-    from seqeff.runs import RunDirectory
+    from seqeff.runs import Origin, RunDirectory
+    from seqeff.training.program import prepare_backend
 
     run = RunDirectory(options.run_dir) if options.run_dir else None
     resumes = run is not None and run.exists()
@@ -104,35 +123,43 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         _check_same_run(run, before, config)
     if options.dry_run:
         return _dry_run(config)
+    prepare_backend(config)
     run = run or RunDirectory(_fresh_directory(options.config))
-    run.begin(loaded.text, loaded.operative, loaded.overrides, loaded.modules)
-    print(f"run directory: {_shown(run.path)}", flush=True)
-    outcome = training.train(config, run, checkpoint=options.checkpoint)
+    origin = Origin(loaded.text, loaded.operative, loaded.overrides, loaded.modules)
+    with run.lock():
+        if run.exists() != resumes:
+            raise UserError(f"another process has just begun a run in {run.path}; start again")
+        outcome = training.train(config, run, origin, checkpoint=options.checkpoint)
+    if jax.process_index() == 0:
+        print(_summary(options.config, config, run, outcome))
+    return 0
 
+
+def _summary(path: Path, config: training.Train, run: RunDirectory, outcome: training.Outcome) -> str:
+    """How a run ended, and what to type next."""
+    directory = shlex.quote(_shown(run.path))
+    again = f"  seqeff train {shlex.quote(str(path))} --run-dir {directory}"
     if not outcome.complete:
-        print(
-            f"stopped after step {outcome.step}; go on with\n"
-            f"  seqeff train {options.config} --run-dir {_shown(run.path)}"
-        )
-        return 0
+        return f"stopped after step {outcome.step}; go on with\n{again}"
+    lines = []
     if outcome.sample is not None:
-        print(f"\n{outcome.sample}\n")
+        lines += ["", outcome.sample, ""]
     if outcome.validation is not None:
         found = outcome.validation.bits_per_byte
-        print(f"validation: loss {outcome.validation.loss:.4f}, {found:.3f} bits per byte", end="")
+        line = f"validation: loss {outcome.validation.loss:.4f}, {found:.3f} bits per byte"
         if config.expected_bits_per_byte is not None:
             low, high = config.expected_bits_per_byte
             verdict = "as expected" if low <= found <= high else "NOT as expected"
-            print(f", {verdict} ({low} to {high})", end="")
-        print()
-    print(
-        f"run directory: {_shown(run.path)}\nnext:\n"
-        f'  seqeff generate {_shown(run.path)} --prompt "The "\n'
-        f"  seqeff eval {_shown(run.path)}\n"
-        f"  seqeff train {options.config} --run-dir {_shown(run.path)} "
-        f"--gin.Train.steps={2 * config.steps}"
-    )
-    return 0
+            line += f", {verdict} ({low} to {high})"
+        lines.append(line)
+    lines += [
+        f"run directory: {_shown(run.path)}",
+        "next:",
+        f'  seqeff generate {directory} --prompt "The "',
+        f"  seqeff eval {directory}",
+        f"{again} --gin.Train.steps={2 * config.steps}",
+    ]
+    return "\n".join(lines)
 
 
 def _dry_run(config: object) -> int:
@@ -149,11 +176,12 @@ def _evaluate(options: argparse.Namespace, _: Sequence[str]) -> int:
     from seqeff.evaluation import make_evaluate
     from seqeff.training.program import prepare_for
 
-    run, config, program, parameters = _open(options)
+    run, config, _ = _open(options)
     prepared = prepare_for(config, run)
     batches = prepared.validation
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
+    program, parameters = _restore(run, config, prepared.tokenizer, options.checkpoint)
     count = min(len(batches), options.batches or len(batches))
     with jax.set_mesh(program.mesh):
         result = make_evaluate(program.graph, prepared.tokenizer.byte_lengths())(
@@ -169,21 +197,19 @@ def _evaluate(options: argparse.Namespace, _: Sequence[str]) -> int:
 def _generate(options: argparse.Namespace, _: Sequence[str]) -> int:
     import jax
 
-    from seqeff.data import Tokenizer
-    from seqeff.inference import Generator, Sampling, decode_stream
+    from seqeff.inference import Generator, Sampling, check_prompt, decode_stream
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
-    run, config, program, parameters = _open(options)
-    tokenizer = Tokenizer.load(run.tokenizer)
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt)]
+    run, config, tokenizer = _open(options)
     context = config.data.sequence_length
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt)]
+    check_prompt(prompt, context)
+    program, parameters = _restore(run, config, tokenizer, options.checkpoint)
     generator = Generator(program.graph, tokenizer.vocabulary_size, context)
     with jax.set_mesh(program.mesh):
         ids = generator.stream(parameters, prompt, options.tokens, sampling, tokenizer.end_of_text)
-        # the first token comes before any text, so that an error leaves none behind
-        first = list(itertools.islice(ids, 1))
         print(options.prompt, end="", flush=True)
-        for text in decode_stream(tokenizer, itertools.chain(first, ids)):
+        for text in decode_stream(tokenizer, ids):
             print(text, end="", flush=True)
     print()
     return 0
@@ -226,27 +252,34 @@ def _bench(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple:
-    """A run directory's config, compiled functions, and the parameters of a checkpoint."""
-    import jax
-
+def _open(options: argparse.Namespace) -> tuple[RunDirectory, training.Train, Tokenizer]:
+    """A run directory, its config, and its tokenizer; touches no device."""
     from seqeff.data import Tokenizer
     from seqeff.runs import RunDirectory
-    from seqeff.training.checkpoints import CheckpointStore
-    from seqeff.training.program import Program, prepare_backend
 
     run = RunDirectory(options.run_dir).require()
     config = _load(run.operative_config, (), run).root
-    # a run made on many devices is read on what is here
-    config = dataclasses.replace(config, mesh=type(config.mesh)())
+    return run, config, Tokenizer.load(run.tokenizer)
+
+
+def _restore(
+    run: RunDirectory, config: training.Train, tokenizer: Tokenizer, checkpoint: int | None
+) -> tuple[Program, Any]:
+    """The compiled functions of a run, and the parameters of one of its checkpoints."""
+    import jax
+
+    from seqeff.training.checkpoints import CheckpointStore
+    from seqeff.training.mesh import MeshConfig
+    from seqeff.training.program import Program, prepare_backend
+
     prepare_backend(config)
-    if not run.tokenizer.exists():
-        raise UserError(f"{run.path} has no tokenizer yet: its training has not begun")
-    program = Program(config, Tokenizer.load(run.tokenizer).vocabulary())
+    # a run made on many devices is read on those here that share its batch
+    mesh = MeshConfig(data=math.gcd(jax.device_count(), config.data.batch_size))
+    program = Program(dataclasses.replace(config, mesh=mesh), tokenizer.vocabulary())
     with jax.set_mesh(program.mesh), CheckpointStore(run.checkpoints) as store:
         wanted = {"parameters": program.abstract_state["parameters"]}
-        state, _ = store.restore(options.checkpoint, wanted, partial=True)
-    return run, config, program, state["parameters"]
+        state, _ = store.restore(checkpoint, wanted, partial=True)
+    return program, state["parameters"]
 
 
 def _load(path: Path, overrides: Sequence[str], run: RunDirectory | None) -> LoadedConfig:
@@ -262,7 +295,8 @@ def _check_same_run(run: RunDirectory, before: object, config: object) -> None:
     old, new = flatten(before), flatten(config)
     differing = []
     for path in sorted(old.keys() | new.keys()):
-        if path.split(".")[0] not in MAY_CHANGE and old.get(path) != new.get(path):
+        free = any(f"{path}.".startswith(f"{name}.") for name in MAY_CHANGE)
+        if not free and old.get(path) != new.get(path):
             parent, _, field = path.rpartition(".")
             owner = new.get(parent) or old.get(parent) or type(config).__name__
             differing.append(f"{owner}.{field} = {new.get(path)!r} (there {old.get(path)!r})")
@@ -279,7 +313,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")

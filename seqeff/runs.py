@@ -8,10 +8,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
 
 from seqeff.checks import UserError
 
@@ -29,6 +33,22 @@ _PACKAGES = (
 )
 
 
+class Origin(NamedTuple):
+    """What a run is started with.
+
+    Attributes:
+      config: the gin file as given.
+      operative: every value in use, as one gin file.
+      overrides: `NAME=VALUE`, as given.
+      modules: source files that the config imports from outside packages, by module name.
+    """
+
+    config: str = ""
+    operative: str = ""
+    overrides: Sequence[str] = ()
+    modules: Mapping[str, Path] = MappingProxyType({})
+
+
 class RunDirectory:
     """Paths and small text files of one run; weights belong to `training.checkpoints`."""
 
@@ -42,9 +62,10 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer"
         self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.samples = self.path / "samples.txt"
+        self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.profile = self.path / "profile"
+        self._lock = self.path / ".lock"
 
     def exists(self) -> bool:
         """Whether a run was begun here."""
@@ -61,40 +82,75 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes of this host from training here at the same time.
+        """Keeps other processes from training here meanwhile; makes the directory if need be.
+
+        A directory that was absent or empty is removed again if no run is begun in it. Of a job's
+        many processes, only the first does anything.
 
         Raises:
-          UserError: one already does.
+          UserError: another process trains here, the directory holds something else, or it cannot
+            be written.
         """
-        with open(self.path / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is training in {self.path}; wait for it, or end it"
-                ) from None
+        if jax.process_index() != 0:
             yield
+            return
+        with contextlib.ExitStack() as stack:
+            with _writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                empty = not any(self.path.iterdir())
+                if not (empty or self.exists() or self._lock.exists()):
+                    raise UserError(
+                        f"{self.path} is neither empty nor a run directory; choose another --run-dir"
+                    )
+                file = stack.enter_context(open(self._lock, "a"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"another process is training in {self.path}; wait for it, or end it"
+                    ) from None
+            try:
+                yield
+            finally:
+                if empty and not self.exists():
+                    shutil.rmtree(self.path, ignore_errors=True)
 
-    def begin(
-        self, config: str, operative: str, overrides: Sequence[str], modules: Mapping[str, Path]
-    ) -> None:
-        """Writes what started the run; the operative config last, as the mark of a begun run.
+    def begin(self, origin: Origin) -> None:
+        """Writes what the run is started with; the operative config last, as the mark of a run.
 
         Raises:
           UserError: the disk is full or read-only.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config, config)
-            write_atomically(self.overrides, "".join(f"{line}\n" for line in overrides))
+        with _writing(self.path):
+            write_atomically(self.config, origin.config)
+            write_atomically(self.overrides, "".join(f"{line}\n" for line in origin.overrides))
             write_atomically(self.versions, json.dumps(versions(), indent=2) + "\n")
-            for name, source in modules.items():
+            for name, source in origin.modules.items():
                 copy = self.modules.joinpath(*name.split(".")).with_suffix(".py")
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(copy, source.read_text())
-            write_atomically(self.operative_config, operative)
-        except OSError as error:
-            raise UserError(f"cannot write the run directory {self.path}: {error}") from error
+                write_atomically(copy, source.read_text(encoding="utf-8"))
+            write_atomically(self.operative_config, origin.operative)
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Keeps the text that was sampled after a step, in place of an earlier one of that step.
+
+        Raises:
+          UserError: the disk is full or read-only.
+        """
+        with _writing(self.path):
+            self.samples.mkdir(exist_ok=True)
+            write_atomically(self.samples / f"{step}.txt", text + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run directory {path}: {error.strerror or error}; free space there, "
+            "make it writable, or choose another --run-dir"
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ Needs one NVIDIA GPU. Exits with status 1 if a check fails.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -19,26 +20,36 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from seqeff_kernels.range_attention import TokenSource, range_attention
 
 from seqeff.runs import versions
 from seqeff.training.metrics import read_metrics
+from seqeff_kernels.range_attention import TokenSource, range_attention
 
 _CONFIG = Path(__file__).with_name("resume.gin")
 _STEPS, _KILLS = 40, 2
 
 
-def check_cudnn(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int | None) -> dict:
+def check_cudnn(
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    dtype: str,
+) -> dict:
     """Relative errors of cuDNN's output, logsumexp and gradients against the float32 reference."""
     keys = jax.random.split(jax.random.key(length + head_dim), 4)
-    queries = jax.random.normal(keys[0], (batch, length, heads, head_dim), jnp.bfloat16)
+    queries = jax.random.normal(keys[0], (batch, length, heads, head_dim), dtype)
     shape = (batch, length, kv_heads, head_dim)
-    entries = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:3])
-    cotangent = jax.random.normal(keys[3], queries.shape, jnp.bfloat16)
+    entries = tuple(jax.random.normal(key, shape, dtype) for key in keys[1:3])
+    cotangent = jax.random.normal(keys[3], queries.shape, dtype)
 
     def attend(backend: str, *inputs: jax.Array) -> tuple:
         def run(queries, key, value):
-            return range_attention(queries, [TokenSource(key, value, window=window)], backend=backend)
+            return range_attention(
+                queries, [TokenSource(key, value, window=window)], backend=backend
+            )
 
         outputs, back = jax.vjp(run, *inputs)
         return *outputs, *back((cotangent.astype(outputs[0].dtype), jnp.zeros_like(outputs[1])))
@@ -56,6 +67,7 @@ def check_cudnn(batch: int, length: int, heads: int, kv_heads: int, head_dim: in
         "check": "cudnn against reference",
         "shape": [batch, length, heads, kv_heads, head_dim],
         "window": window,
+        "dtype": dtype,
         "relative_errors": {name: round(error, 6) for name, error in errors.items()},
         "passed": all(error < 1e-2 for error in errors.values()),
     }
@@ -83,7 +95,11 @@ def check_resume(deterministic: bool) -> dict:
             process.wait()
         _train(broken, overrides)
         losses, again = (
-            {line["step"]: line["loss"] for line in read_metrics(path / "metrics.jsonl") if "loss" in line}
+            {
+                line["step"]: line["loss"]
+                for line in read_metrics(path / "metrics.jsonl")
+                if "loss" in line
+            }
             for path in (whole, broken)
         )
     difference = max(abs(losses[step] - again.get(step, float("inf"))) for step in losses)
@@ -98,7 +114,15 @@ def check_resume(deterministic: bool) -> dict:
 
 
 def _start(directory: Path, overrides: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "seqeff.cli", "train", str(_CONFIG), "--run-dir", str(directory)]
+    command = [
+        sys.executable,
+        "-m",
+        "seqeff.cli",
+        "train",
+        str(_CONFIG),
+        "--run-dir",
+        str(directory),
+    ]
     return subprocess.Popen(
         [*command, *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -118,7 +142,9 @@ def _last_step(directory: Path) -> int:
 
 def main() -> int:
     """Runs all checks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     # the runs go first, while this process holds no memory of the device
@@ -126,10 +152,16 @@ def main() -> int:
     for deterministic in (True, False):
         results.append(check_resume(deterministic))
         print(results[-1], flush=True)
-    for shape in ((2, 1024, 12, 12, 64), (2, 2048, 16, 4, 128), (1, 1000, 8, 1, 80)):
-        for window in (None, 256):
-            results.append(check_cudnn(*shape, window))
-            print(results[-1], flush=True)
+    shapes = (
+        (2, 1024, 12, 12, 64),
+        (1, 1000, 8, 1, 80),
+        (1, 778, 6, 2, 96),
+        (2, 2048, 16, 4, 128),
+        (1, 512, 4, 4, 256),
+    )
+    for shape, window, dtype in itertools.product(shapes, (None, 256), ("bfloat16", "float16")):
+        results.append(check_cudnn(*shape, window, dtype))
+        print(results[-1], flush=True)
     device = jax.devices()[0]
     report = {"device": device.device_kind, "versions": versions(), "results": results}
     if options.json is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt
 
@@ -24,10 +23,10 @@ class Batch(NamedTuple):
         documents are not separated.
     """
 
-    tokens: Int32[np.ndarray | jax.Array, "batch length"]
-    targets: Int32[np.ndarray | jax.Array, "batch length"]
-    loss_weights: Float32[np.ndarray | jax.Array, "batch length"]
-    document_start: Int32[np.ndarray | jax.Array, "batch length"] | None
+    tokens: Int32[Any, "batch length"]
+    targets: Int32[Any, "batch length"]
+    loss_weights: Float32[Any, "batch length"]
+    document_start: Int32[Any, "batch length"] | None
 
 
 class BatchBuilder:

@@ -1,5 +1,5 @@
 """Sampling from a trained model."""
 
-from seqeff.inference.generate import Generator, Sampling, decode_stream
+from seqeff.inference.generate import Generator, Sampling, check_prompt, decode_stream
 
-__all__ = ["Generator", "Sampling", "decode_stream"]
+__all__ = ["Generator", "Sampling", "check_prompt", "decode_stream"]

@@ -63,15 +63,9 @@ class Generator:
         """Yields up to `tokens` ids that continue the prompt, ending before the id `stop`.
 
         Raises:
-          UserError: the prompt is empty, or longer than the context leaves room for.
+          UserError: see `check_prompt`.
         """
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one token")
-        if len(prompt) >= self.context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens; the context of {self.context} leaves room "
-                f"for {self.context - 1} before the first new one"
-            )
+        check_prompt(prompt, self.context)
         # rounding the prompt up keeps the number of compiled lengths small; what follows it is
         # overwritten before any token can attend it
         padded = min(-len(prompt) % _PREFILL_ROUNDING + len(prompt), self.context)
@@ -88,6 +82,17 @@ class Generator:
             yield value
             key = jax.random.fold_in(jax.random.key(sampling.seed), index + 1)
             token, cache = self._extend(parameters, token[:, None], 1, cache, key, sampling)
+
+
+def check_prompt(prompt: Sequence[int], context: int) -> None:
+    """Raises a UserError if a prompt is empty, or leaves no room in the context."""
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one token")
+    if len(prompt) >= context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens; the context of {context} leaves room for "
+            f"{context - 1} before the first new one"
+        )
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -117,7 +117,7 @@ def _sums(
 
 def _sums_forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
-) -> tuple[tuple[jax.Array, CrossEntropy], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> tuple[tuple[jax.Array, CrossEntropy], tuple[jax.Array, jax.Array]]:
     def one(
         carry: tuple[CrossEntropy, jax.Array], chunk: tuple[jax.Array, ...]
     ) -> tuple[tuple[CrossEntropy, jax.Array], jax.Array]:

@@ -51,9 +51,9 @@ class TransformerConfig:
         "sequential" one after the other.
       tie_embeddings: the output head is the embedding.
       dtype: of activations and matrix products; parameters and softmax are float32.
-      rematerialise: what the backward pass computes again: nothing ("none"); norms, rotations and
+      rematerialise: what the backward pass computes again: "nothing"; norms, rotations and
         activation functions ("elementwise"), which saves memory and memory traffic; or everything
-        inside a layer ("full").
+        inside a layer ("everything").
       unroll: layers that one iteration of the compiled loop holds. More is faster to run and
         slower to compile.
       embedding_gradient: "scatter", or "matmul" for the same bits every time on GPU.
@@ -73,7 +73,7 @@ class TransformerConfig:
     tie_embeddings: bool = False
     initialisation: Initialisation = NormalInitialisation()
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    rematerialise: Literal["none", "elementwise", "full"] = "elementwise"
+    rematerialise: Literal["nothing", "elementwise", "everything"] = "elementwise"
     unroll: int = 1
     embedding_gradient: Literal["scatter", "matmul"] = "scatter"
     attention_backend: Literal["auto", "reference", "xla", "cudnn"] = "auto"
@@ -315,7 +315,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def _rematerialised(self, layer: Callable[..., Any]) -> Callable[..., Any]:
-        if self.config.rematerialise == "none":
+        if self.config.rematerialise == "nothing":
             return layer
         policy = _keep_products if self.config.rematerialise == "elementwise" else None
         # the loop over layers already keeps the compiler from sharing the two computations

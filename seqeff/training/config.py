@@ -70,6 +70,11 @@ class Train:
                 f"Train.{name} = {value} must be at least 1, or null",
             )
         require(
+            self.profile is None or min(self.profile) >= 1,
+            f"Train.profile = {self.profile} must be a first step and a number of steps, both at "
+            "least 1, or null",
+        )
+        require(
             self.data.batch_size % self.accumulate == 0,
             f"Train.accumulate = {self.accumulate} must divide Data.batch_size = "
             f"{self.data.batch_size}",
@@ -93,6 +98,8 @@ class Train:
 
 
 MAY_CHANGE = frozenset(
-    ["steps", "mesh", "checkpoints", "tracker", "guard", "log_every", "evaluate_every", "evaluation_batches", "sample_every", "sample_prompt", "sample_tokens", "sampling", "profile", "expected_bits_per_byte"]
+    """accumulate checkpoints data.cache data.prefetch evaluate_every evaluation_batches
+    expected_bits_per_byte guard log_every mesh profile sample_every sample_prompt sample_tokens
+    sampling steps tracker""".split()  # noqa: SIM905
 )
-"""Fields of `Train` that a resumed run may set anew."""
+"""Paths of the values of `Train` that a resumed run may set anew."""

@@ -10,7 +10,13 @@ import jax
 from seqeff.data import prepare
 from seqeff.models.flops import parameter_count
 from seqeff.training.config import Train
-from seqeff.training.program import Program, abstract_batch, flops_per_token, prepare_backend
+from seqeff.training.program import (
+    Program,
+    abstract_batch,
+    check_devices,
+    flops_per_token,
+    prepare_backend,
+)
 
 
 def describe(config: Train) -> str:
@@ -20,6 +26,7 @@ def describe(config: Train) -> str:
       UserError: whatever would stop the run before its first step.
     """
     prepare_backend(config)
+    check_devices(config)
     prepared = prepare(config.data)
     program = Program(config, prepared.tokenizer.vocabulary())
     flops = flops_per_token(program.model, prepared)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqeff.checks import UserError
+from seqeff.checks import UserError, require
 from seqeff.data import Batch, PreparedData, Tokenizer, prepare
 from seqeff.models import TransformerConfig
 from seqeff.models.flops import abstract_model, attended_entries, training_flops_per_token
@@ -36,7 +36,7 @@ class Program:
         self.model = model = run_model(config, vocabulary)
         abstract = abstract_model(model)
         self.graph, parameters = nnx.split(abstract)
-        self.learning_rate = config.schedule.make(config.optimizer.learning_rate, config.steps)
+        learning_rate = config.schedule.make(config.optimizer.learning_rate, config.steps)
         optimizer = config.optimizer.make(
             config.schedule.make(1.0, config.steps), nnx.to_pure_dict(parameters)
         )
@@ -51,7 +51,14 @@ class Program:
         )
         self.initialise = jax.jit(initialise, out_shardings=shardings)
         self.step = jax.jit(
-            make_step(self.graph, config.objective, optimizer, config.guard, config.accumulate),
+            make_step(
+                self.graph,
+                config.objective,
+                optimizer,
+                learning_rate,
+                config.guard,
+                config.accumulate,
+            ),
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
@@ -73,20 +80,36 @@ def prepare_backend(config: Train) -> None:
     config.mesh.initialise_distributed()
 
 
+def check_devices(config: Train) -> None:
+    """Raises a ConfigError if the mesh or the batch does not divide among the devices."""
+    mesh = config.mesh.make()
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    require(
+        config.data.batch_size % parts == 0,
+        f"Data.batch_size = {config.data.batch_size} does not divide among the {parts} devices of "
+        "MeshConfig.data and fsdp",
+    )
+
+
 def prepare_for(config: Train, run: RunDirectory) -> PreparedData:
-    """The data, checked against the run's own tokenizer and documents, or kept as the run's."""
-    if run.data.exists():
-        tokenizer = Tokenizer.load(run.tokenizer)
-        return prepare(config.data, tokenizer, json.loads(run.data.read_text()))
-    prepared = prepare(config.data)
-    if jax.process_index() == 0:
-        try:
-            run.tokenizer.mkdir(exist_ok=True)
-            prepared.tokenizer.save(run.tokenizer)
-            write_atomically(run.data, json.dumps(prepared.fingerprint, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write the run directory {run.path}: {error}") from error
-    return prepared
+    """The data; for a run that was begun, with its own tokenizer, and checked to be the same."""
+    if not run.exists():
+        return prepare(config.data)
+    try:
+        fingerprint = json.loads(run.data.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {run.data}: {error}; the run is damaged") from error
+    return prepare(config.data, Tokenizer.load(run.tokenizer), fingerprint)
+
+
+def keep_data(prepared: PreparedData, run: RunDirectory) -> None:
+    """Writes the tokenizer and the documents' fingerprint to a run that is about to begin."""
+    try:
+        run.tokenizer.mkdir(exist_ok=True)
+        prepared.tokenizer.save(run.tokenizer)
+        write_atomically(run.data, json.dumps(prepared.fingerprint, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the run directory {run.path}: {error}") from error
 
 
 def flops_per_token(model: TransformerConfig, prepared: PreparedData) -> float:

@@ -58,22 +58,22 @@ class Report:
         """Waits for a step and reports it."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         throughput.update(self._config.tokens_per_step)
-        self._config.guard.check(int(values["skipped_in_a_row"]), step)
         speed = throughput.tokens_per_second()
         self._progress.update(step, values["loss"], speed)
-        if not self._config.due(step, self._config.log_every):
-            return
-        devices = self._program.mesh.devices
-        utilisation = model_flops_utilisation(speed, self._flops, devices.size, devices.flat[0])
-        values |= {
-            # the schedule stands still while steps are skipped
-            "learning_rate": float(self._program.learning_rate(step - 1 - values["skipped"])),
-            "tokens": step * self._config.tokens_per_step,
-            "tokens_per_second": speed,
-            **({} if utilisation is None else {"mfu": utilisation}),
-            **device_memory(jax.local_devices()[0]),
-        }
-        self._write(step, values)
+        if self._config.due(step, self._config.log_every):
+            devices = self._program.mesh.devices
+            utilisation = model_flops_utilisation(speed, self._flops, devices.size, devices.flat[0])
+            self._write(
+                step,
+                {
+                    **values,
+                    "tokens": step * self._config.tokens_per_step,
+                    "tokens_per_second": speed,
+                    **({} if utilisation is None else {"mfu": utilisation}),
+                    **device_memory(jax.local_devices()[0]),
+                },
+            )
+        self._config.guard.check(int(values["skipped_in_a_row"]), step)
 
     def validation(self, step: int, state: State, record: bool = True) -> Perplexity | None:
         """Scores the held-out documents and reports it."""
@@ -112,8 +112,8 @@ class Report:
         )
         text = config.sample_prompt + "".join(decode_stream(tokenizer, ids))
         if record:
-            with open(self._run.samples, "a", encoding="utf-8") as file:
-                file.write(f"step {step}\n{text}\n\n")
+            if jax.process_index() == 0:
+                self._run.add_sample(step, text)
             if step < config.steps:
                 self._progress.write(f"step {step}: {text}")
         return text

@@ -63,6 +63,7 @@ def make_step(
     graph: nnx.GraphDef,
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
     guard: Guard,
     accumulate: int,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
@@ -70,6 +71,10 @@ def make_step(
 
     A step whose loss or gradient the guard refuses changes nothing but the guard's counts; the
     step counter goes on, so that the next batch is another one.
+
+    Args:
+      learning_rate: to report, by number of updates taken.
+      accumulate: parts of the batch, one after the other.
     """
 
     def loss_sums(parameters: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -100,6 +105,8 @@ def make_step(
         total = jax.tree.map(lambda gradient: gradient / weight, total)
         metrics = jax.tree.map(lambda value: value / weight, sums)
         metrics["gradient_norm"] = global_norm(total)
+        # the schedule stands still while steps are skipped
+        metrics["learning_rate"] = learning_rate(state["step"] - state["guard"]["skipped"])
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(
                 total, state["optimizer"], state["parameters"]

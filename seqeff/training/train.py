@@ -11,14 +11,20 @@ from types import FrameType
 
 import jax
 
-from seqeff.checks import flatten
+from seqeff.checks import UserError, flatten
 from seqeff.data import Loader
 from seqeff.evaluation import Perplexity
-from seqeff.runs import RunDirectory
+from seqeff.runs import Origin, RunDirectory
 from seqeff.training.checkpoints import CheckpointStore
 from seqeff.training.config import Train
 from seqeff.training.metrics import MetricsFile, Throughput
-from seqeff.training.program import Program, prepare_backend, prepare_for
+from seqeff.training.program import (
+    Program,
+    check_devices,
+    keep_data,
+    prepare_backend,
+    prepare_for,
+)
 from seqeff.training.progress import Progress
 from seqeff.training.report import Report
 from seqeff.training.step import State
@@ -35,11 +41,14 @@ class Outcome:
     sample: str | None = None
 
 
-def train(config: Train, run: RunDirectory, *, checkpoint: int | None = None) -> Outcome:
+def train(
+    config: Train, run: RunDirectory, origin: Origin, *, checkpoint: int | None = None
+) -> Outcome:
     """Trains to `config.steps`, going on from the run directory's last checkpoint if it has one.
 
     Args:
-      run: already begun; metrics, samples, tokenizer and checkpoints are added to it.
+      run: begun here unless it exists; the caller holds its lock.
+      origin: kept in the run directory.
       checkpoint: go on from this step, and drop the ones after it.
 
     Raises:
@@ -47,23 +56,31 @@ def train(config: Train, run: RunDirectory, *, checkpoint: int | None = None) ->
     """
     with ExitStack() as stack:
         prepare_backend(config)
-        if jax.process_index() == 0:
-            stack.enter_context(run.lock())
+        check_devices(config)
         prepared = prepare_for(config, run)
         program = Program(config, prepared.tokenizer.vocabulary())
         stack.enter_context(jax.set_mesh(program.mesh))
+        terminated = stack.enter_context(_termination())
         store = stack.enter_context(CheckpointStore(run.checkpoints, config.checkpoints))
+        if store.latest() is not None and not run.exists():
+            raise UserError(
+                f"{run.path} has checkpoints but no {run.operative_config.name}; restore that "
+                "file, or choose another --run-dir"
+            )
         state, first = _begin(program, config, store, checkpoint)
+        if jax.process_index() == 0:
+            if not run.exists():
+                keep_data(prepared, run)
+            run.begin(origin)
         metrics_file = stack.enter_context(contextlib.closing(MetricsFile(run.metrics)))
         metrics_file.truncate_after(first)
         tracker = NoTracker()
         if config.tracker is not None:
             tracker = config.tracker.start(run.path, flatten(config))
         stack.callback(tracker.finish)
-        terminated = stack.enter_context(_termination())
         progress = stack.enter_context(Progress(config.steps, done=first))
         report = Report(config, run, prepared, program, progress, metrics_file, tracker)
-        progress.write(report.size())
+        progress.write(f"run directory: {run.path}\n{report.size()}")
         if first >= config.steps:
             validation = report.validation(first, state, record=False)
             return Outcome(first, True, validation, report.sample(first, state, record=False))
@@ -153,17 +170,24 @@ def _begin(
 
 @contextlib.contextmanager
 def _termination() -> Iterator[Callable[[int], bool]]:
-    """A function of the step that tells whether the run was asked to end, on every host at once."""
+    """A function of the step that tells whether the run was asked to end, on every host at once.
+
+    SIGTERM and SIGINT ask; a second SIGINT no longer waits for the step.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # JAX itself catches SIGTERM there
+        yield multihost_utils.reached_preemption_sync_point
+        return
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
         asked.append(number)
 
     def terminated(step: int) -> bool:
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            return bool(multihost_utils.reached_preemption_sync_point(step))
         return bool(asked)
 
     signals = (signal.SIGTERM, signal.SIGINT)

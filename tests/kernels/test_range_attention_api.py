@@ -50,6 +50,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(cudnn, "_compute_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "cuda_versions", object())
+    monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (16,))
     monkeypatch.setattr(
         cudnn.fused_attention_stablehlo, "dot_product_attention", dot_product_attention
     )
@@ -97,6 +98,18 @@ def test_auto_leaves_to_the_portable_form_what_cudnn_cannot_do(arrays, hopper, c
     assert reason in explain(queries, [source])["cudnn"]
     jax.eval_shape(range_attention, queries, [source])
     assert hopper == []
+
+
+def test_auto_takes_only_head_sizes_that_are_tested_on_a_gpu(arrays, hopper, monkeypatch):
+    queries, keys, values = arrays
+    monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (64,))
+    jax.eval_shape(range_attention, queries, [TokenSource(keys, values)])
+    assert hopper == []
+
+
+def test_cudnn_refuses_an_odd_number_of_rows(hopper):
+    like = jax.ShapeDtypeStruct((1, 777, 2, 64), jnp.bfloat16)
+    assert "even number of rows" in explain(like, [TokenSource(like, like)])["cudnn"]
 
 
 def test_cudnn_needs_one_token_source_and_a_head_size_it_knows(arrays, hopper, monkeypatch):

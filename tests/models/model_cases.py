@@ -112,3 +112,10 @@ def random_model(config: TransformerConfig, seed: int = 0) -> tuple[nnx.GraphDef
         return jnp.asarray(random.normal(0.1, 0.2, leaf.shape), leaf.dtype)
 
     return graph, jax.tree.map(draw, nnx.to_pure_dict(state))
+
+
+def hidden(graph: nnx.GraphDef, parameters: Any, tokens: Any, document_start: Any = None) -> Any:
+    """The model's output, compiled quickly."""
+    return quick_jit(lambda parameters: nnx.merge(graph, parameters)(tokens, document_start))(
+        parameters
+    )

@@ -83,7 +83,6 @@ def test_later_rows_attend_what_they_attend_among_all_rows(name):
         ("window", 4, 2, 129, ((0, 30, 31), (0, 128), (0,))),
         ("separator", 6, 2, 129, ((0, 1, 70), (0, 12), (0,))),
         ("separator", 3, 1, 63, None),
-        ("streaming", 2, 1, 63, None),
         ("interval", 2, 2, 129, None),
     ],
 )
@@ -91,7 +90,9 @@ def test_values_and_gradients_equal_naive_attention(name, heads, kv_heads, lengt
     attention, random = ATTENTIONS[name], np.random.default_rng(1)
     tokens = random_tokens(3, length)
     starts = None if begins is None else documents(length, *begins)
-    mask = naive_mask(attention, tokens, documents(length, (), (), ()) if begins is None else starts)
+    mask = naive_mask(
+        attention, tokens, documents(length, (), (), ()) if begins is None else starts
+    )
     queries, keys, values, cotangent = (
         random.normal(size=(3, length, count, 8)).astype(np.float32)
         for count in (heads, kv_heads, kv_heads, heads)

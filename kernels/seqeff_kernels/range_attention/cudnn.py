@@ -20,6 +20,9 @@ from jaxtyping import Float
 from seqeff_kernels.range_attention import xla
 from seqeff_kernels.range_attention.sources import Source, TokenSource
 
+# what experiments/gpu_checks compares with the reference on the card; `auto` takes no other
+TESTED_HEAD_DIMS = (64, 80)
+
 
 def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
     """Why this backend cannot serve, or None."""
@@ -38,6 +41,8 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
     head_dim, largest = own.shape[-1], 256 if capability >= (9, 0) else 128
     if head_dim % 8 or head_dim > largest:
         return f"head_dim {head_dim} is not a multiple of 8 up to {largest}"
+    if own.shape[1] % 2:
+        return f"its backward pass needs an even number of rows, not {own.shape[1]}"
     if source.document_start is not None:
         return "it does not separate packed documents"
     if not source.begins_at_first_token or own.shape[1] != source.keys.shape[1]:

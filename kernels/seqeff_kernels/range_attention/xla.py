@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from seqeff_kernels.range_attention.cost import tile_bounds, tile_range
@@ -99,7 +100,8 @@ def _attend(
 
 
 def _attend_forward(queries, sources, scale, clean):
-    output, logsumexp = _forward(queries, sources, scale, clean)
+    # named so that a rematerialisation policy can keep them, and the backward alone runs again
+    output, logsumexp = checkpoint_name(_forward(queries, sources, scale, clean), "range_attention")
     return (output, logsumexp), (queries, sources, output, logsumexp)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, overload, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -47,6 +47,16 @@ class Attention(Protocol):
         the plan. No row may see an entry made from a later token.
         """
         ...
+
+
+@overload
+def take_rows(bounds: None, first_row: Int[Array, ""] | int, rows: int) -> None: ...
+
+
+@overload
+def take_rows(
+    bounds: Int[Array, "batch length"], first_row: Int[Array, ""] | int, rows: int
+) -> Int[Array, "batch rows"]: ...
 
 
 def take_rows(

@@ -52,11 +52,11 @@ class SeparatorPlan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeparatorAttention:
-    """Row i attends j <= i where j is initial, a separator, or within the last `window` tokens.
+    r"""Row i attends j <= i where j is initial, a separator, or within the last `window` tokens.
 
     `window` counts the token itself. The first `initial_tokens` of each document are always
     visible (of each row, when documents are not kept apart). A separator is a token whose text
-    ends with one of `characters`, so that merged tokens such as '.\\n\\n' count; `preset` names one
+    ends with one of `characters`, so that merged tokens such as '.\n\n' count; `preset` names one
     of the paper's literal id lists instead, and `separator_ids` gives the ids outright. Without
     separators (`characters = ""`) this is StreamingLLM's mask.
 

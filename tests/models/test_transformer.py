@@ -1,0 +1,276 @@
+"""The whole model: what its outputs may depend on, and choices that must not change them."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model_cases import (
+    ATTENTIONS,
+    VOCABULARY,
+    documents,
+    hidden,
+    masked_attention,
+    naive_mask,
+    quick_jit,
+    random_model,
+    random_tokens,
+    small_config,
+)
+
+from seqeff.models import FeedForward, HeadProjections
+
+BATCH, LENGTH = 3, 63
+TOKENS = random_tokens(BATCH, LENGTH)
+ONE_DOCUMENT = np.zeros_like(TOKENS)
+# every attention in one model, a layer each: what any of them leaks reaches the output
+KINDS = ("dense", "window", "separator", "interval")
+CONFIG = small_config(
+    layers=4, layer_attention={layer: ATTENTIONS[name] for layer, name in enumerate(KINDS)}
+)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return random_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def forward(parts):
+    """Hidden states of tokens and documents."""
+    graph, parameters = parts
+    compiled = quick_jit(lambda parameters, *arrays: nnx.merge(graph, parameters)(*arrays))
+    return lambda *arrays: np.asarray(compiled(parameters, *arrays))
+
+
+def other_tokens(tokens):
+    return (tokens + 1 + np.arange(tokens.shape[-1]) % (VOCABULARY - 1)) % VOCABULARY
+
+
+@pytest.mark.parametrize("begins", [(0,), (0, 20, 50)], ids=["one", "three"])
+def test_no_output_depends_on_later_tokens(forward, begins):
+    starts = documents(LENGTH, begins, begins, (0,))
+    whole = forward(TOKENS, starts)
+    assert np.all(np.isfinite(whole))
+    for last in (0, 1, 30, 61):
+        changed = np.where(np.arange(LENGTH) > last, other_tokens(TOKENS), TOKENS)
+        outputs = forward(changed, starts)
+        np.testing.assert_array_equal(outputs[:, : last + 1], whole[:, : last + 1])
+        assert np.all(np.any(outputs[:, last + 1 :] != whole[:, last + 1 :], axis=-1))
+
+
+def test_no_output_depends_on_other_rows(forward):
+    starts = documents(LENGTH, (0, 20, 50), (0,), (0, 1))
+    whole = forward(TOKENS, starts)
+    for row in range(BATCH):
+        mates = np.arange(BATCH)[:, None] != row
+        tokens = np.where(mates, other_tokens(TOKENS), TOKENS)
+        begins = np.where(mates, documents(LENGTH, (0, 62), (0, 9, 10), (0,)), starts)
+        np.testing.assert_array_equal(forward(tokens, begins)[row], whole[row])
+        moved = np.roll(np.arange(BATCH), row)
+        np.testing.assert_array_equal(forward(TOKENS[moved], starts[moved]), whole[moved])
+
+
+def test_no_output_depends_on_other_documents(forward):
+    begins = (0, 20, 21, 50)
+    packed = forward(TOKENS, documents(LENGTH, begins, begins, begins))
+    for first, end in itertools.pairwise((*begins, LENGTH)):
+        elsewhere = (np.arange(LENGTH) < first) | (np.arange(LENGTH) >= end)
+        changed = np.where(elsewhere, other_tokens(TOKENS), TOKENS)
+        outputs = forward(changed, documents(LENGTH, begins, begins, begins))
+        np.testing.assert_array_equal(outputs[:, first:end], packed[:, first:end])
+        # what follows a document does not matter, so this is the document alone
+        alone = forward(np.roll(TOKENS, -first, axis=1), ONE_DOCUMENT)[:, : end - first]
+        np.testing.assert_allclose(packed[:, first:end], alone, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def extend(parts):
+    graph, parameters = parts
+    compiled = quick_jit(lambda parameters, *given: nnx.merge(graph, parameters).extend(*given))
+    return lambda tokens, cache: compiled(parameters, tokens, cache)
+
+
+@pytest.fixture
+def empty_cache(parts):
+    graph, parameters = parts
+    return nnx.merge(graph, parameters).empty_cache(BATCH, LENGTH)
+
+
+@pytest.mark.parametrize(
+    "chunks", [(31, 31, 1), (1,) * 63, (63,)], ids=["chunks", "tokens", "whole"]
+)
+def test_decoding_with_the_cache_equals_the_whole_row(forward, extend, empty_cache, chunks):
+    cache, outputs = empty_cache, []
+    for first, end in itertools.pairwise(itertools.accumulate(chunks, initial=0)):
+        output, cache = extend(TOKENS[:, first:end], cache)
+        outputs.append(output)
+    assert int(cache.length) == LENGTH
+    np.testing.assert_array_equal(cache.tokens, TOKENS)
+    whole = forward(TOKENS, ONE_DOCUMENT)
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, atol=5e-5)
+
+
+def test_what_the_cache_held_past_its_length_does_not_matter(forward, extend, empty_cache):
+    padded = TOKENS[:, :31].copy()
+    padded[:, 20:] = 2  # a separator
+    _, cache = extend(padded, empty_cache)
+    output, _ = extend(TOKENS[:, 20:51], cache._replace(length=jnp.int32(20)))
+    np.testing.assert_allclose(output, forward(TOKENS, ONE_DOCUMENT)[:, 20:51], atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer_attention", "expected"),
+    [
+        ({0: "dense", -1: "window"}, ("dense", "separator", "separator", "window")),
+        ({-4: "window", 2: "dense"}, ("window", "separator", "dense", "separator")),
+    ],
+)
+def test_layers_attend_as_they_are_told(layer_attention, expected):
+    config = small_config(
+        layers=4,
+        attention=ATTENTIONS["separator"],
+        layer_attention={layer: ATTENTIONS[name] for layer, name in layer_attention.items()},
+    )
+    assert config.attentions() == tuple(ATTENTIONS[name] for name in expected)
+
+
+def numpy_model(config, parameters, tokens):
+    """A model without biases in projections, with RMSNorm and rotary positions, a layer at a time."""
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm.epsilon) * scale
+
+    def heads(x, kernel):
+        return (x @ kernel).reshape(*x.shape[:2], -1, 8)
+
+    @quick_jit
+    def attend(queries, keys, values):
+        positions = jnp.broadcast_to(jnp.arange(queries.shape[1]), queries.shape[:2])
+        rotation = config.positions.rotation(positions, 8)
+        queries, keys = (config.positions.rotate(x, rotation) for x in (queries, keys))
+        return masked_attention(queries, keys, values, mask)
+
+    x = np.asarray(parameters["embedding"])[tokens]
+    mask = naive_mask(config.attention, tokens, np.zeros_like(tokens))
+    for layer in range(config.layers):
+        own = jax.tree.map(lambda leaf, layer=layer: np.asarray(leaf[layer]), parameters["layers"])
+        kernels = {name: own["projections"][name]["kernel"] for name in own["projections"]}
+        normed = norm(x, own["attention_norm"]["scale"])
+        attended = attend(*(heads(normed, kernels[name]) for name in ("query", "key", "value")))
+        between = x + np.asarray(attended).reshape(*x.shape[:2], -1) @ kernels["output"]
+        read = x if config.residual == "parallel" else between
+        up, down = (own["feed_forward"][name]["kernel"] for name in ("up", "down"))
+        x = between + np.maximum(norm(read, own["feed_forward_norm"]["scale"]) @ up, 0) @ down
+    return norm(x, np.asarray(parameters["final_norm"]["scale"]))
+
+
+DEFINED = small_config(
+    layers=3,
+    attention=ATTENTIONS["separator"],
+    projections=HeadProjections(heads=4, kv_heads=2, bias=False),
+    feed_forward=FeedForward(hidden=48, activation="relu", bias=False),
+)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"residual": "sequential"}, {"residual": "parallel", "unroll": 2}]
+)
+def test_the_model_is_its_definition(changes):
+    config = dataclasses.replace(DEFINED, **changes)
+    graph, parameters = random_model(config)
+    expected = numpy_model(config, parameters, TOKENS)
+    np.testing.assert_allclose(hidden(graph, parameters, TOKENS), expected, atol=5e-5)
+
+
+def test_bfloat16_compute_with_float32_parameters():
+    config = dataclasses.replace(DEFINED, dtype="bfloat16")
+    graph, parameters = random_model(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
+    outputs = hidden(graph, parameters, TOKENS)
+    assert outputs.dtype == jnp.bfloat16
+    difference = np.asarray(outputs, np.float32) - numpy_model(config, parameters, TOKENS)
+    assert 1e-4 < np.sqrt(np.mean(difference**2)) < 2e-2
+
+    def loss(parameters):
+        model = nnx.merge(graph, parameters)
+        logits = model.logits(model(TOKENS))
+        assert logits.dtype == jnp.float32
+        return logits.sum()
+
+    gradients = jax.eval_shape(jax.grad(loss), parameters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+PLAIN = dataclasses.replace(DEFINED, layers=4, attention=ATTENTIONS["window"])
+
+
+@pytest.fixture(scope="module")
+def training():
+    """Loss, gradients and bytes of a training step's temporary arrays."""
+    tokens = random_tokens(2, 129)
+    target = np.random.default_rng(0).normal(size=(2, 129, 32)).astype(np.float32)
+    results = {}
+
+    def run(rematerialise):
+        if rematerialise not in results:
+            config = dataclasses.replace(PLAIN, rematerialise=rematerialise)
+            graph, parameters = random_model(config)
+
+            def loss(parameters):
+                return ((nnx.merge(graph, parameters)(tokens) - target) ** 2).mean()
+
+            compiled = quick_jit(jax.value_and_grad(loss)).lower(parameters).compile()
+            memory = compiled.memory_analysis().temp_size_in_bytes
+            results[rematerialise] = (*compiled(parameters), memory)
+        return results[rematerialise]
+
+    return run
+
+
+@pytest.mark.parametrize("rematerialise", ["nothing", "everything"])
+def test_what_is_computed_again_changes_no_value(training, rematerialise):
+    loss, gradients, _ = training(rematerialise="elementwise")
+    other_loss, other_gradients, _ = training(rematerialise=rematerialise)
+    np.testing.assert_allclose(loss, other_loss, rtol=1e-5)
+    for left, right in zip(*map(jax.tree.leaves, (gradients, other_gradients)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-6)
+
+
+def test_computing_more_again_keeps_less(training):
+    nothing, elementwise, everything = (
+        training(rematerialise=mode)[2] for mode in ("nothing", "elementwise", "everything")
+    )
+    assert everything < elementwise < nothing
+
+
+def test_elementwise_computes_neither_attention_nor_products_again():
+    def count(mode, primitive):
+        graph, parameters = random_model(dataclasses.replace(PLAIN, rematerialise=mode))
+        jaxpr = jax.make_jaxpr(jax.grad(lambda given: nnx.merge(graph, given)(TOKENS).sum()))
+        return str(jaxpr(parameters)).count(primitive)
+
+    for primitive in (" while[", " dot_general["):
+        nothing, elementwise, everything = (
+            count(mode, primitive) for mode in ("nothing", "elementwise", "everything")
+        )
+        assert nothing == elementwise < everything
+
+
+def test_the_head_is_the_embedding_where_they_are_tied():
+    graph, parameters = random_model(small_config(tie_embeddings=True))
+    model = nnx.merge(graph, parameters)
+    states = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
+    np.testing.assert_allclose(
+        model.logits(states), states @ parameters["embedding"].T, rtol=1e-4, atol=1e-4
+    )
+    graph, parameters = random_model(small_config())
+    np.testing.assert_allclose(
+        nnx.merge(graph, parameters).logits(states),
+        states @ parameters["output_head"].T,
+        rtol=1e-4,
+        atol=1e-4,
+    )
