@@ -84,15 +84,15 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _evaluate, "Score a run on its held-out documents.")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument("--batches", type=positive_integer, help="at most so many batches")
+    evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
     _add_checkpoint(evaluate)
 
     generate = command("generate", _generate, "Continue a prompt with a run's model.")
     generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--tokens", type=positive_integer, default=200, help="at most (default: 200)")
+    generate.add_argument("--tokens", type=_positive, default=200, help="at most (default: 200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
-    generate.add_argument("--top-k", type=positive_integer, help="draw among the likeliest (default: all)")
+    generate.add_argument("--top-k", type=_positive, help="draw among the likeliest (default: all)")
     generate.add_argument("--seed", type=int, default=0)
     _add_checkpoint(generate)
 
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "Measure speed on this machine, as JSON.", True)
     bench.add_argument("what", choices=("train", "data"))
     bench.add_argument("configs", nargs="*", type=Path, help="for train: gin files, one row each")
-    bench.add_argument("--steps", type=positive_integer, default=20, help="timed steps (default: 20)")
+    bench.add_argument("--steps", type=_positive, default=20, help="timed steps (default: 20)")
     bench.add_argument("--json", type=Path, help="write the results to this file")
     return parser
 
@@ -135,7 +135,9 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _summary(path: Path, config: training.Train, run: RunDirectory, outcome: training.Outcome) -> str:
+def _summary(
+    path: Path, config: training.Train, run: RunDirectory, outcome: training.Outcome
+) -> str:
     """How a run ended, and what to type next."""
     directory = shlex.quote(_shown(run.path))
     again = f"  seqeff train {shlex.quote(str(path))} --run-dir {directory}"
@@ -199,6 +201,10 @@ def _generate(options: argparse.Namespace, _: Sequence[str]) -> int:
 
     from seqeff.inference import Generator, Sampling, check_prompt, decode_stream
 
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid text: {error}") from error
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
     run, config, tokenizer = _open(options)
     context = config.data.sequence_length
@@ -313,11 +319,10 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive_integer(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _fresh_directory(config: Path) -> Path:

@@ -100,7 +100,7 @@ class RunDirectory:
                 empty = not any(self.path.iterdir())
                 if not (empty or self.exists() or self._lock.exists()):
                     raise UserError(
-                        f"{self.path} is neither empty nor a run directory; choose another --run-dir"
+                        f"{self.path} is neither empty nor a run directory; choose another one"
                     )
                 file = stack.enter_context(open(self._lock, "a"))
                 try:

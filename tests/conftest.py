@@ -3,14 +3,15 @@
 import os
 import shutil
 
+import pytest
+
 _FLAG = "--xla_force_host_platform_device_count"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 
-import pytest
-import tiny_run
+import tiny_run  # noqa: E402
 
 
 @pytest.fixture(scope="session")

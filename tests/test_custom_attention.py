@@ -68,7 +68,7 @@ def test_the_file_in_the_repository_loads():
 
 
 def test_mistakes_in_its_fields():
-    with pytest.raises(ConfigError, match="IntervalAttention.interval = 0 must be at"):
+    with pytest.raises(ConfigError, match=r"IntervalAttention\.interval = 0 must"):
         config.load(EXAMPLE / "custom.gin", ["IntervalAttention.interval=0"])
 
 

@@ -17,7 +17,7 @@ CONFIG_CLASSES = """
     import dataclasses
 
     @dataclasses.dataclass(frozen=True)
-    class AdamW:
+    class Muon:
         learning_rate: float = 1e-3
 
     @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ CONFIG_CLASSES = """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Train:
-        optimizer: AdamW
+        optimizer: Muon
         attention: SeparatorAttention
         tracker: Wandb | None = None
         seed: int = 0
@@ -40,7 +40,7 @@ CONFIG_CLASSES = """
 """
 GIN = """
     import sweep_configs
-    Train.optimizer = @AdamW()
+    Train.optimizer = @Muon()
     Train.attention = @SeparatorAttention()
 """
 
@@ -87,7 +87,7 @@ def test_the_quickstart_sweep(pick, monkeypatch):
     assert rest == ["/usr/bin/env", "seqeff", "train", "configs/quickstart.gin"]
     monkeypatch.undo()
     train = config.load(REPOSITORY / rest[-1], overrides).root
-    assert train.optimizer.learning_rate == values["gin.AdamW.learning_rate"]
+    assert train.optimizer.learning_rate == values["gin.Muon.learning_rate"]
     assert train.model.attention.window == values["gin.SeparatorAttention.window"]
     assert train.seed == values["gin.Train.seed"]
     assert type(train.tracker).__name__ == "Wandb"
@@ -102,7 +102,7 @@ def test_the_sweep_minimizes_what_training_logs():
 @pytest.mark.parametrize("arguments", ["${args}", "${args_no_equals}"])
 def test_every_kind_of_value_survives_the_agent(arguments, monkeypatch):
     values = {
-        "gin.AdamW.learning_rate": 1e-05,
+        "gin.Muon.learning_rate": 1e-05,
         "gin.Train.name": "a name",
         "gin.Train.deterministic": True,
         "gin.Train.tracker": None,

@@ -18,7 +18,7 @@ from seqeff.runs import RunDirectory
 from seqeff.training.metrics import read_metrics
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 24, 4, 8
-WORDS = "the cat sat on a mat and the dog ran to a big red house while we saw it go".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "big", "red", "house"]
 GIN = f"""
     Train.model = @TransformerConfig()
     Train.data = @Data()
@@ -99,8 +99,7 @@ class Tiny:
     def start(self, run_dir, *options):
         """Training in a process of its own."""
         command = [sys.executable, "-m", "seqeff.cli", "train", self.config, "--run-dir", run_dir]
-        log = open(self.folder / f"{run_dir.name}.log", "a")
-        with log:
+        with open(self.folder / f"{run_dir.name}.log", "a") as log:
             return subprocess.Popen(
                 [*map(str, command), *options], env=environment(), stdout=log, stderr=log
             )

@@ -36,6 +36,9 @@ class Sampling:
             self.top_k is None or self.top_k >= 1,
             f"Sampling.top_k = {self.top_k} must be at least 1, or null for all",
         )
+        require(
+            0 <= self.seed < 2**32, f"Sampling.seed = {self.seed} must be at least 0, below 2**32"
+        )
 
 
 class Generator:
@@ -72,16 +75,19 @@ class Generator:
         ids = np.zeros((1, padded), np.int32)
         ids[0, : len(prompt)] = prompt
         key = jax.random.key(sampling.seed)
-        token, cache = self._extend(
-            parameters, jnp.asarray(ids), len(prompt), self._empty(parameters), key, sampling
+        # a seed is no reason to compile again
+        extend = functools.partial(
+            self._extend, parameters, key=key, sampling=dataclasses.replace(sampling, seed=0)
         )
-        for index in range(min(tokens, self.context - len(prompt))):
+        count = min(tokens, self.context - len(prompt))
+        token, cache = extend(jnp.asarray(ids), len(prompt), self._empty(parameters))
+        for index in range(count):
             value = int(token[0])
             if value == stop:
                 return
             yield value
-            key = jax.random.fold_in(jax.random.key(sampling.seed), index + 1)
-            token, cache = self._extend(parameters, token[:, None], 1, cache, key, sampling)
+            if index + 1 < count:
+                token, cache = extend(token[:, None], 1, cache)
 
 
 def check_prompt(prompt: Sequence[int], context: int) -> None:
@@ -119,7 +125,8 @@ def _extend(
     hidden, cache = model.extend(tokens, cache)
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
     logits = model.logits(last)[:, 0, :vocabulary_size]
-    return _draw(logits, key, sampling), cache._replace(length=before + count)
+    token = _draw(logits, jax.random.fold_in(key, before), sampling)
+    return token, cache._replace(length=before + count)
 
 
 def _draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -63,6 +63,7 @@ class Train:
         for name in ("steps", "accumulate", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"Train.{name} = {value} must be at least 1")
+        require(0 <= self.seed < 2**32, f"Train.seed = {self.seed} must be at least 0, below 2**32")
         for name in ("evaluate_every", "evaluation_batches", "sample_every"):
             value = getattr(self, name)
             require(

@@ -50,7 +50,9 @@ def test_no_positions_change_nothing():
 
 def test_learned_positions_are_added_by_index_in_the_document():
     tokens, starts = np.arange(12)[None], documents(12, (0, 5))
-    config = small_config(positions=LearnedPositions(length=13), layers=1)
+    config = small_config(
+        positions=LearnedPositions(length=13), layers=1, attention_backend="reference"
+    )
     graph, parameters = random_model(config)
     actual = hidden(graph, parameters, tokens, starts)
     table = parameters.pop("position_embedding")

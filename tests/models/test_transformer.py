@@ -21,15 +21,17 @@ from model_cases import (
     small_config,
 )
 
-from seqeff.models import FeedForward, HeadProjections
+from seqeff.models import DenseAttention, FeedForward, HeadProjections, NoPositions
 
 BATCH, LENGTH = 3, 63
 TOKENS = random_tokens(BATCH, LENGTH)
 ONE_DOCUMENT = np.zeros_like(TOKENS)
 # every attention in one model, a layer each: what any of them leaks reaches the output
-KINDS = ("dense", "window", "separator", "interval")
+KINDS = ("dense", "separator", "interval")
 CONFIG = small_config(
-    layers=4, layer_attention={layer: ATTENTIONS[name] for layer, name in enumerate(KINDS)}
+    layers=len(KINDS),
+    layer_attention={layer: ATTENTIONS[name] for layer, name in enumerate(KINDS)},
+    feed_forward=FeedForward(hidden=48, activation="relu"),
 )
 
 
@@ -139,7 +141,7 @@ def test_layers_attend_as_they_are_told(layer_attention, expected):
 
 
 def numpy_model(config, parameters, tokens):
-    """A model without biases in projections, with RMSNorm and rotary positions, a layer at a time."""
+    """Hidden states of a model with RMSNorm and rotary positions and without biases."""
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm.epsilon) * scale
@@ -148,19 +150,20 @@ def numpy_model(config, parameters, tokens):
         return (x @ kernel).reshape(*x.shape[:2], -1, 8)
 
     @quick_jit
-    def attend(queries, keys, values):
+    def attend(queries, keys, values, mask):
         positions = jnp.broadcast_to(jnp.arange(queries.shape[1]), queries.shape[:2])
         rotation = config.positions.rotation(positions, 8)
         queries, keys = (config.positions.rotate(x, rotation) for x in (queries, keys))
         return masked_attention(queries, keys, values, mask)
 
     x = np.asarray(parameters["embedding"])[tokens]
-    mask = naive_mask(config.attention, tokens, np.zeros_like(tokens))
-    for layer in range(config.layers):
+    for layer, attention in enumerate(config.attentions()):
+        mask = naive_mask(attention, tokens, np.zeros_like(tokens))
         own = jax.tree.map(lambda leaf, layer=layer: np.asarray(leaf[layer]), parameters["layers"])
         kernels = {name: own["projections"][name]["kernel"] for name in own["projections"]}
         normed = norm(x, own["attention_norm"]["scale"])
-        attended = attend(*(heads(normed, kernels[name]) for name in ("query", "key", "value")))
+        split = (heads(normed, kernels[name]) for name in ("query", "key", "value"))
+        attended = attend(*split, mask)
         between = x + np.asarray(attended).reshape(*x.shape[:2], -1) @ kernels["output"]
         read = x if config.residual == "parallel" else between
         up, down = (own["feed_forward"][name]["kernel"] for name in ("up", "down"))
@@ -177,7 +180,12 @@ DEFINED = small_config(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"residual": "sequential"}, {"residual": "parallel", "unroll": 2}]
+    "changes",
+    [
+        {"residual": "parallel", "unroll": 2},
+        {"residual": "sequential", "layer_attention": {-1: DenseAttention(window=20)}},
+    ],
+    ids=["parallel", "last layer differs"],
 )
 def test_the_model_is_its_definition(changes):
     config = dataclasses.replace(DEFINED, **changes)
@@ -205,7 +213,7 @@ def test_bfloat16_compute_with_float32_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
 
-PLAIN = dataclasses.replace(DEFINED, layers=4, attention=ATTENTIONS["window"])
+PLAIN = dataclasses.replace(DEFINED, attention=DenseAttention(), positions=NoPositions())
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +225,9 @@ def training():
 
     def run(rematerialise):
         if rematerialise not in results:
-            config = dataclasses.replace(PLAIN, rematerialise=rematerialise)
+            config = dataclasses.replace(
+                PLAIN, rematerialise=rematerialise, attention_backend="reference"
+            )
             graph, parameters = random_model(config)
 
             def loss(parameters):

@@ -1,0 +1,75 @@
+"""Scores of held-out documents."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_run import seqeff, validations_of
+
+from seqeff.data import Batch
+from seqeff.evaluation import Perplexity, make_evaluate
+from seqeff.models.flops import abstract_model
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_totals_become_means():
+    result = Perplexity(nats=6 * math.log(2), tokens=3, bytes=4)
+    assert result.loss == pytest.approx(2 * math.log(2))
+    assert result.perplexity == pytest.approx(4)
+    assert result.bits_per_byte == pytest.approx(1.5)
+    nothing = Perplexity(nats=0.0, tokens=0, bytes=0)
+    assert nothing.loss == nothing.bits_per_byte == 0
+    assert math.isfinite(Perplexity(nats=1e9, tokens=1, bytes=1).perplexity)
+
+
+@nnx.jit
+def scores_of(model, tokens):
+    return jax.nn.log_softmax(model.logits(model(tokens)))
+
+
+def test_sums_are_those_of_a_loop_over_tokens(tiny):
+    config = tiny.load().model
+    model = config.make(nnx.Rngs(0))
+    graph, _ = nnx.split(abstract_model(config))
+    parameters = nnx.to_pure_dict(nnx.split(model)[1])
+    choose = np.random.default_rng(0)
+    lengths = choose.integers(0, 9, 300).astype(np.int32)
+    batches = []
+    for _ in range(2):
+        tokens = choose.integers(0, 300, (3, 18)).astype(np.int32)
+        weights = (choose.random((3, 17)) < 0.6).astype(np.float32)
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], weights, None))
+    result = make_evaluate(graph, lengths)(parameters, batches)
+
+    nats, tokens, size = 0.0, 0, 0
+    for batch in batches:
+        scores = scores_of(model, batch.tokens)
+        for row, place in zip(*np.nonzero(batch.loss_weights), strict=True):
+            target = batch.targets[row, place]
+            nats -= float(scores[row, place, target])
+            tokens += 1
+            size += int(lengths[target])
+    assert (result.tokens, result.bytes) == (tokens, size)
+    assert result.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_eval_repeats_the_runs_last_validation(finished):
+    line = validations_of(finished)[-1]
+    result = seqeff("eval", finished)
+    assert result.status == 0, result.errors
+    printed = dict(line.rsplit(" ", 1) for line in result.output.splitlines())
+    assert printed["loss"] == f"{line['validation/loss']:.4f}"
+    assert printed["perplexity"] == f"{line['validation/perplexity']:.2f}"
+    assert printed["bits per byte"] == f"{line['validation/bits_per_byte']:.4f}"
+    assert printed["tokens"] == str(line["validation/tokens"])
+    assert printed["bytes"] == str(line["validation/bytes"])
+
+
+def test_an_earlier_checkpoint_and_fewer_batches(finished):
+    whole = seqeff("eval", finished).output
+    assert seqeff("eval", finished, "--checkpoint", 20).output != whole
+    fewer = seqeff("eval", finished, "--batches", 1).output
+    assert int(fewer.split("tokens ")[1].split()[0]) <= 4 * 32

@@ -1,0 +1,295 @@
+"""The command line: what it prints, what it refuses, and what it leaves behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_run import STEPS, environment, files_of, refused, seqeff, steps_of, write_json_lines
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+REPOSITORY = Path(__file__).parents[1]
+OUTSIDE = '''
+    """Attends as dense attention does; for tests of what a run keeps of outside modules."""
+
+    import dataclasses
+    from seqeff.models import DenseAttention
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Outside(DenseAttention):
+        strength: int = 1
+'''
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where relative paths lead, so that nothing is written beside the tests."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_devices(monkeypatch):
+    """Any use of a device fails."""
+
+    def fail(*_, **__):
+        raise AssertionError("a device was touched")
+
+    for name in ("devices", "local_devices", "device_put", "jit"):
+        monkeypatch.setattr(jax, name, fail)
+
+
+BAD_CONFIGS = {
+    "Trian.steps=3": "no config class is called Trian; did you mean Train?",
+    "Train.stepz=3": "Train has no field stepz; did you mean steps?",
+    "WIDHT=3": "macro WIDHT is never used",
+    "Train.steps=%STEPS": "no macro is called STEPS",
+    "Train.steps='3'": "Train.steps = '3' is of type str; give int",
+    "Train.steps=0": "Train.steps = 0 must be at least 1",
+    "Train.seed=-1": "Train.seed = -1 must be at least 0",
+    "Train.optimizer=@Adam()": "no config class is called Adam",
+    "Train.accumulate=3": "Train.accumulate = 3 must divide Data.batch_size = 4",
+    "Train.profile=(0, 2)": "Train.profile = (0, 2) must be",
+    "HeadProjections.heads=3": "TransformerConfig.width = 32",
+    "SeparatorAttention.window=3": "no SeparatorAttention is built",
+    "MeshConfig.data=-2": "MeshConfig.data = -2 must be -1 or at least 1",
+}
+
+
+@pytest.mark.parametrize("override", BAD_CONFIGS)
+def test_a_bad_config_is_refused_before_any_device_is_touched(override, tiny, no_devices, tmp_path):
+    line = refused("train", tiny.config, "--run-dir", "run", f"--gin.{override}")
+    assert BAD_CONFIGS[override] in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_is_not_there(tiny, no_devices):
+    line = refused("train", tiny.folder / "tiney.gin")
+    assert "no file" in line
+    assert line.endswith("/tiny.gin?")
+    missing = tiny.folder / "includes.gin"
+    missing.write_text("include 'tyni.gin'\n")
+    assert "includes.gin:1" in refused("train", missing)
+
+
+def test_bad_data_is_refused_and_nothing_is_left(tiny, tmp_path):
+    write_json_lines(tiny.folder / "rows.jsonl", [{"body": "some text"}, {"body": "more text"}])
+    source = f"""
+        Data.source = @JsonlFiles()
+        JsonlFiles.paths = ('{tiny.folder}/rows.jsonl',)
+    """
+    column = tiny.write("column.gin", source)
+    line = refused("train", column, "--run-dir", "run")
+    assert "has no column 'text'; its columns are 'body'" in line
+    (tiny.folder / "empty.txt").write_text("")
+    empty = f"--gin.TextFiles.paths=('{tiny.folder}/empty.txt',)"
+    assert "TextFiles is empty" in refused("train", tiny.config, "--run-dir", "run", empty)
+    absent = f"--gin.TextFiles.paths=('{tiny.folder}/corpse/*.txt',)"
+    assert "matches no file" in refused("train", tiny.config, "--run-dir", "run", absent)
+    assert not list(tmp_path.iterdir())
+    assert "has no column" in refused("train", column)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["TransformerConfig.vocabulary_size=280"], "= 280 is below the tokenizer's"),
+        (["MeshConfig.data=8"], "Data.batch_size = 4 does not divide among the 8 devices"),
+        (["MeshConfig.data=16"], "needs 16 devices; there are 8"),
+    ],
+)
+def test_sizes_that_do_not_fit_what_is_here(overrides, expected, tiny, tmp_path):
+    options = [f"--gin.{override}" for override in overrides]
+    assert expected in refused("train", tiny.config, "--run-dir", "run", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_run_is_not_overwritten(copied, tiny):
+    before = files_of(copied)
+    line = refused(
+        *("train", tiny.config, "--run-dir", copied, "--gin.TransformerConfig.width=64"),
+        *("--gin.AdamW.b2=0.99", "--gin.Data.seed=1", "--gin.Train.log_every=2"),
+        *("--gin.TransformerConfig.attention=@SeparatorAttention()",),
+    )
+    assert "holds another run" in line
+    assert "TransformerConfig.width = 64 (there 32)" in line
+    assert "AdamW.b2 = 0.99 (there 0.95)" in line
+    assert "Data.seed = 1 (there 0)" in line
+    assert "TransformerConfig.attention = 'SeparatorAttention' (there 'DenseAttention')" in line
+    assert "log_every" not in line
+    assert files_of(copied) == before
+
+
+def test_documents_or_a_tokenizer_that_differ_are_refused(copied, tiny, finished):
+    data = json.loads((copied / "data.json").read_text())
+    (copied / "data.json").write_text(json.dumps(data | {"train": ["0" * 64]}))
+    for command in (["train", tiny.config, "--run-dir"], ["eval"]):
+        line = refused(*command, copied)
+        assert "the training documents differ from those that the run was started with" in line
+    shutil.copy(finished / "data.json", copied)
+    path = copied / "tokenizer/tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["merges"].pop()
+    path.write_text(json.dumps(settings))
+    assert "the tokenizer differs" in refused("train", tiny.config, "--run-dir", copied)
+
+
+def test_a_directory_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused("train", tiny.config, "--run-dir", "file/run")
+    assert "cannot write the run directory" in line
+    assert "Not a directory" in line
+    (tmp_path / "runs").write_text("")
+    assert "cannot make a run directory" in refused("train", tiny.config)
+
+
+def test_a_full_disk(tiny, finished, tmp_path):
+    """No file may grow past some kilobytes, as on a disk that is full."""
+    limited = (
+        "import resource, signal, sys; from seqeff.cli import main;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", limited, "train", tiny.config, "--run-dir", "run"]
+    ended = subprocess.run(
+        [*map(str, command)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    *_, line = ended.stderr.splitlines()
+    assert line.startswith("seqeff: cannot write checkpoint ")
+    assert "File too large" in line
+    assert "Traceback" not in ended.stderr
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "the following arguments are required: COMMAND; see seqeff --help"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: config; see seqeff train --help"),
+        (["train", "a.gin", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (["eval", "run", "--batches", "x"], "argument --batches: 'x' is not a whole number of"),
+        (["train", "a.gin", "--gin.Train.steps"], "--gin.Train.steps has no value"),
+        (["eval", "run", "--gin.Train.steps=3"], "seqeff eval takes no --gin overrides"),
+        (["eval", "."], "is not a run directory: it has no operative_config.gin"),
+        (["generate", "absent", "--prompt", "a"], "is not a run directory"),
+    ],
+)
+def test_a_bad_command_is_one_line(arguments, expected, no_devices):
+    assert expected in refused(*arguments)
+
+
+def test_a_checkpoint_that_does_not_exist(finished, tiny, tmp_path):
+    for command in (["eval"], ["train", tiny.config, "--run-dir"]):
+        assert "no checkpoint of step 3; it has 20, 24" in refused(
+            *command, finished, "--checkpoint", 3
+        )
+    line = refused("train", tiny.config, "--run-dir", "run", "--checkpoint", 3)
+    assert "no checkpoint" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_named_and_not_used(copied, tiny):
+    victim = max((copied / f"checkpoints/{STEPS}").rglob("*"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(b"x" + victim.read_bytes()[1:])
+    for command in (["eval"], ["train", tiny.config, "--run-dir"]):
+        line = refused(*command, copied)
+        assert "is damaged" in line
+        assert "--checkpoint 20" in line
+    assert seqeff("eval", copied, "--checkpoint", 20).status == 0
+
+
+def test_a_dry_run_tells_the_costs_and_writes_nothing(tiny, tmp_path):
+    result = seqeff("train", tiny.config, "--run-dir", "run", "--dry-run")
+    assert result.status == 0, result.errors
+    for word in ("model: ", "MFLOP a token", "epochs", "devices: 1", "memory a device: parameters"):
+        assert word in result.output
+    parameters = 320 * 32 * 2 + 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    printed = int(result.output.split("model: ")[1].split(" ")[0].replace(",", ""))
+    assert parameters < printed < parameters * 1.1
+    assert not list(tmp_path.iterdir())
+    refused("train", tiny.config, "--dry-run", "--gin.MeshConfig.data=8")
+
+
+def test_info_tells_what_is_here():
+    result = seqeff("info")
+    assert result.status == 0
+    for text in (
+        "devices: 8 of kind cpu",
+        "Attention: DenseAttention, SeparatorAttention",
+        "Optimizer: AdamW, Muon",
+        "xla: available",
+        "cudnn: it needs a CUDA device",
+        "jax-triton",
+    ):
+        assert text in result.output
+
+
+def test_info_does_without_a_device(monkeypatch):
+    def none(*_):
+        raise RuntimeError("no accelerator answers\nand more")
+
+    monkeypatch.setattr(jax, "devices", none)
+    result = seqeff("info")
+    assert result.status == 0
+    assert "devices: none; no accelerator answers" in result.output
+
+
+def test_an_outside_attention_is_kept_with_the_run(tiny, tmp_path, finished):
+    source = tmp_path / "project/outside.py"
+    source.parent.mkdir()
+    source.write_text("\n".join(line[4:] for line in OUTSIDE.splitlines()))
+    given = source.with_name("outside.gin")
+    given.write_text(
+        f"include '{tiny.config}'\nimport outside\n"
+        "TransformerConfig.attention = @Outside()\nOutside.strength = 2\n"
+    )
+    run_dir = tmp_path / "run"
+    result = seqeff("train", given, "--run-dir", run_dir)
+    assert result.status == 0, result.errors
+    assert (run_dir / "modules/outside.py").read_text() == source.read_text()
+    assert "Outside.strength = 2" in (run_dir / "operative_config.gin").read_text()
+    expected = steps_of(run_dir)
+
+    source.unlink()
+    in_a_new_process(["train", given, "--run-dir", run_dir, "--checkpoint", "20"])
+    assert steps_of(run_dir) == expected
+    shutil.rmtree(source.parent)
+    in_a_new_process(["eval", run_dir], ["generate", run_dir, "--prompt", "a", "--tokens", "2"])
+
+
+def in_a_new_process(*commands):
+    code = "import sys; from seqeff.cli import main; sys.exit(any(map(main, {})))"
+    code = code.format([[str(argument) for argument in command] for command in commands])
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(finished):
+    command = [sys.executable, "-m", "seqeff.cli", "info"]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_loading_a_config_starts_no_backend():
+    code = (
+        "from seqeff.config import load; load('configs/quickstart.gin');"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), check=True)
