@@ -114,20 +114,20 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.training.program import prepare_backend
 
     run = RunDirectory(options.run_dir) if options.run_dir else None
-    resumes = run is not None and run.exists()
+    resumed = run if run is not None and run.exists() else None
     # the run's own copy first: an outside module that both name is then the given one's
-    before = _load(run.operative_config, (), run).root if resumes else None
+    before = _load(resumed.operative_config, (), resumed).root if resumed else None
     loaded = _load(options.config, overrides, run)
     config: training.Train = loaded.root
-    if resumes:
-        _check_same_run(run, before, config)
+    if resumed is not None:
+        _check_same_run(resumed, before, config)
     if options.dry_run:
         return _dry_run(config)
     prepare_backend(config)
     run = run or RunDirectory(_fresh_directory(options.config))
     origin = Origin(loaded.text, loaded.operative, loaded.overrides, loaded.modules)
     with run.lock():
-        if run.exists() != resumes:
+        if run.exists() != (resumed is not None):
             raise UserError(f"another process has just begun a run in {run.path}; start again")
         outcome = training.train(config, run, origin, checkpoint=options.checkpoint)
     if jax.process_index() == 0:
@@ -164,7 +164,7 @@ def _summary(
     return "\n".join(lines)
 
 
-def _dry_run(config: object) -> int:
+def _dry_run(config: training.Train) -> int:
     from seqeff.training.plan import describe
 
     print(describe(config))
@@ -178,7 +178,7 @@ def _evaluate(options: argparse.Namespace, _: Sequence[str]) -> int:
     from seqeff.evaluation import make_evaluate
     from seqeff.training.program import prepare_for
 
-    run, config, _ = _open(options)
+    run, config = _open(options)[:2]
     prepared = prepare_for(config, run)
     batches = prepared.validation
     if batches is None:

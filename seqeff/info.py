@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def _parameters(function: Callable) -> list[str]:
 def _backends() -> Iterator[str]:
     """Backends of dense and of separator attention, and why one cannot serve."""
 
-    def array(*shape: int, dtype: type = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: type = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     tokens = array(_BATCH, _LENGTH, _HEADS, _HEAD_DIM)

@@ -35,9 +35,7 @@ from seqeff.config.reader import ALIASES, Reader
 __all__ = [
     "ALIASES",
     "PACKAGES",
-    "Difference",
     "LoadedConfig",
-    "difference",
     "load",
     "split_overrides",
 ]

@@ -61,3 +61,15 @@ def constrain(array: jax.Array, *partition: Any) -> jax.Array:
         for axis, size in zip(partition, array.shape[1:], strict=True)
     )
     return jax.lax.with_sharding_constraint(array, PartitionSpec(first, *rest))
+
+
+def whole_rows(table: jax.Array) -> jax.Array:
+    """A table for looking up rows, with every row in one place under a mesh.
+
+    Rows cut over `fsdp` would make the lookup copy all activations to all devices to join them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table
+    rows = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(rows, None))

@@ -285,7 +285,8 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """All layers over `tokens`, rows [first_row, ...) of `context`."""
         config = self.config
-        x = embed(self.embedding[...], tokens, jnp.dtype(config.dtype), config.embedding_gradient)
+        table = parameters.whole_rows(self.embedding[...])
+        x = embed(table, tokens, jnp.dtype(config.dtype), config.embedding_gradient)
         if self.position_embedding is not None:
             table = self.position_embedding[...]
             require(

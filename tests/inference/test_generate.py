@@ -131,7 +131,10 @@ def test_generate_prints_the_prompt_and_goes_on(finished):
     [
         (["--prompt", "the cat " * 40], "tokens; the context of 32 leaves room for 31"),
         (["--prompt", "a", "--temperature", "-1"], "Sampling.temperature = -1.0 must"),
-        (["--prompt", "a", "--top-k", "0"], "argument --top-k: 0 must be at least 1"),
+        (
+            ["--prompt", "a", "--top-k", "0"],
+            "argument --top-k: '0' is not a whole number of at least 1",
+        ),
         (["--prompt", "a", "--checkpoint", "7"], "no checkpoint of step 7; it has 20, 24"),
         (["--prompt", "\udcff"], "the prompt is not valid text"),
     ],

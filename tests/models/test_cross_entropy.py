@@ -29,8 +29,9 @@ def naive(hidden, head, targets, weights, z_loss):
 
 
 # in a chunk: everything; 7 rows of 9 chunks; 10 rows, which leaves 3; less than a row
-@pytest.mark.parametrize("rows_in_chunk", [1000, 7, 10, 0])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize(
+    ("rows_in_chunk", "z_loss"), [(1000, 0.0), (7, 1e-2), (10, 1e-2), (0, 1e-2)]
+)
 def test_values_and_gradients(monkeypatch, rows_in_chunk, z_loss):
     monkeypatch.setattr(cross_entropy, "_LOGITS_PER_CHUNK", rows_in_chunk * BATCH * SIZE)
     hidden, head, targets, weights = case()

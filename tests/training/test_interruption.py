@@ -59,7 +59,6 @@ def test_a_run_killed_again_and_again_has_the_losses_of_one_that_never_was(tiny,
     def line(number):
         return lambda: lines(run_dir) >= number
 
-    kill(tiny.start(run_dir), lambda: (tiny.folder / "killed").exists())
     # while the step compiles
     kill(tiny.start(run_dir), run.exists)
     assert lines(run_dir) == 0
@@ -93,7 +92,9 @@ def test_twenty_kills_at_random_moments(tiny, finished):
     assert steps_of(run_dir) == steps_of(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_later(number, tiny, finished, tmp_path):
     run_dir = tmp_path / "run"
 

@@ -42,6 +42,7 @@ POISONED = """
     Train.objective = @Poisoned()
     Poisoned.first = 0
     Poisoned.last = 75
+    Train.sample_tokens = 1
 """
 
 
@@ -222,6 +223,7 @@ def test_methods_learn(text, tiny, rows, tmp_path):
         tmp_path / "run",
         "--gin.Train.steps=12",
         "--gin.Train.evaluate_every=null",
+        "--gin.Train.sample_tokens=1",
         config=config,
     )
     assert result.status == 0, result.errors
