@@ -124,6 +124,8 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.dry_run:
         return _dry_run(config)
     prepare_backend(config)
+    if run is None and jax.distributed.is_initialized():
+        raise UserError("a run on many hosts needs --run-dir: one directory that all of them see")
     run = run or RunDirectory(_fresh_directory(options.config))
     origin = Origin(loaded.text, loaded.operative, loaded.overrides, loaded.modules)
     with run.lock():
@@ -131,12 +133,16 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError(f"another process has just begun a run in {run.path}; start again")
         outcome = training.train(config, run, origin, checkpoint=options.checkpoint)
     if jax.process_index() == 0:
-        print(_summary(options.config, config, run, outcome))
+        print(_summary(options.config, config, run, outcome, any(name.startswith("Train.steps=") for name in overrides)))
     return 0
 
 
 def _summary(
-    path: Path, config: training.Train, run: RunDirectory, outcome: training.Outcome
+    path: Path,
+    config: training.Train,
+    run: RunDirectory,
+    outcome: training.Outcome,
+    other_length: bool,
 ) -> str:
     """How a run ended, and what to type next."""
     directory = shlex.quote(_shown(run.path))
@@ -149,7 +155,8 @@ def _summary(
     if outcome.validation is not None:
         found = outcome.validation.bits_per_byte
         line = f"validation: loss {outcome.validation.loss:.4f}, {found:.3f} bits per byte"
-        if config.expected_bits_per_byte is not None:
+        # the range is that of the config's own number of steps
+        if config.expected_bits_per_byte is not None and not other_length:
             low, high = config.expected_bits_per_byte
             verdict = "as expected" if low <= found <= high else "NOT as expected"
             line += f", {verdict} ({low} to {high})"
@@ -280,7 +287,7 @@ def _restore(
 
     prepare_backend(config)
     # a run made on many devices is read on those here that share its batch
-    mesh = MeshConfig(data=math.gcd(jax.device_count(), config.data.batch_size))
+    mesh = MeshConfig(data=1, fsdp=math.gcd(jax.device_count(), config.data.batch_size))
     program = Program(dataclasses.replace(config, mesh=mesh), tokenizer.vocabulary())
     with jax.set_mesh(program.mesh), CheckpointStore(run.checkpoints) as store:
         wanted = {"parameters": program.abstract_state["parameters"]}

@@ -30,6 +30,9 @@ _PACKAGES = (
     "datasets",
     "gin-config",
     "wandb",
+    "jax-cuda13-plugin",
+    "jax-triton",
+    "triton",
 )
 
 
@@ -91,7 +94,8 @@ class RunDirectory:
           UserError: another process trains here, the directory holds something else, or it cannot
             be written.
         """
-        if jax.process_index() != 0:
+        # asking for the process starts the devices, which a bad config must not reach
+        if jax.distributed.is_initialized() and jax.process_index() != 0:
             yield
             return
         with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from seqeff.data import Batch
 from seqeff.models.flops import attended_entries, parameter_count, training_flops_per_token
 from seqeff.training import Train
-from seqeff.training.metrics import device_memory, model_flops_utilisation
+from seqeff.training.metrics import model_flops_utilisation
 from seqeff.training.program import Program, prepare_backend
 
 _WARM_UP, _GROUPS = 3, 5
@@ -84,5 +84,4 @@ def _measure(config: Train, steps: int) -> dict[str, Any]:
         "compile_seconds": round(compiling, 1),
         "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2) if memory else None,
         "loss": round(float(metrics["loss"]), 4),
-        **{name: round(value, 2) for name, value in device_memory(device).items()},
     }

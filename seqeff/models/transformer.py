@@ -72,7 +72,7 @@ class TransformerConfig:
     residual: Literal["sequential", "parallel"] = "sequential"
     tie_embeddings: bool = False
     initialisation: Initialisation = NormalInitialisation()
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rematerialise: Literal["nothing", "elementwise", "everything"] = "elementwise"
     unroll: int = 1
     embedding_gradient: Literal["scatter", "matmul"] = "scatter"

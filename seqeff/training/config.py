@@ -99,8 +99,8 @@ class Train:
 
 
 MAY_CHANGE = frozenset(
-    """accumulate checkpoints data.cache data.prefetch evaluate_every evaluation_batches
-    expected_bits_per_byte guard log_every mesh profile sample_every sample_prompt sample_tokens
-    sampling steps tracker""".split()  # noqa: SIM905
+    """checkpoints data.cache data.prefetch evaluate_every evaluation_batches
+    expected_bits_per_byte guard.limit guard.spike_factor log_every mesh profile sample_every
+    sample_prompt sample_tokens sampling steps tracker""".split()  # noqa: SIM905
 )
 """Paths of the values of `Train` that a resumed run may set anew."""

@@ -35,7 +35,10 @@ def describe(config: Train) -> str:
             program.abstract_state, abstract_batch(program, config)
         ).compile()
     memory = compiled.memory_analysis()
-    state = program.abstract_state
+    temporary = 0 if memory is None else memory.temp_size_in_bytes
+    parameters, optimizer = (
+        _size(program.abstract_state[part]) for part in ("parameters", "optimizer")
+    )
     tokens = sum(store.part.tokens for store in prepared.train_stores)
     total = config.steps * config.tokens_per_step
     devices = program.mesh.devices
@@ -47,20 +50,17 @@ def describe(config: Train) -> str:
         f"are {total / max(tokens, 1):.2f} epochs",
         f"devices: {devices.size} of kind {devices.flat[0].device_kind}, "
         + ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items()),
-        f"memory a device: parameters {_size(state['parameters'])}, "
-        f"optimizer {_size(state['optimizer'])}"
-        + (f", step {_bytes(memory.temp_size_in_bytes)}" if memory is not None else ""),
+        f"memory a device: parameters {_bytes(parameters)}, optimizer {_bytes(optimizer)}, "
+        f"step {_bytes(temporary)}, together {_bytes(parameters + optimizer + temporary)}",
     ]
     return "\n".join(lines)
 
 
-def _size(tree: Any) -> str:
+def _size(tree: Any) -> int:
     """Bytes that one device holds of a tree of sharded shapes."""
-    return _bytes(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

@@ -101,6 +101,9 @@ def train(
         for step, batch in enumerate(loader, start=first + 1):
             profiler.before(step, state)
             state, metrics = program.step(state, batch)
+            if step == first + 1:
+                # compiling is no part of the speed
+                throughput = Throughput()
             # the device computes this step while the host reports the one before
             if waiting is not None:
                 report.step(*waiting, throughput)

@@ -51,8 +51,7 @@ def range_attention(
     sources = tuple(sources)
     _check(queries, sources)
     if backend == "auto":
-        tested = queries.shape[-1] in cudnn.TESTED_HEAD_DIMS
-        chosen = cudnn if tested and not cudnn.obstacle(queries, sources) else xla
+        chosen = xla if cudnn.obstacle(queries, sources) or not cudnn.tested(queries) else cudnn
     elif backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     else:

@@ -20,8 +20,9 @@ from jaxtyping import Float
 from seqeff_kernels.range_attention import xla
 from seqeff_kernels.range_attention.sources import Source, TokenSource
 
-# what experiments/gpu_checks compares with the reference on the card; `auto` takes no other
+# head sizes and devices on which experiments/gpu_checks has passed
 TESTED_HEAD_DIMS = (64, 80)
+TESTED_CAPABILITIES = ((9, 0),)
 
 
 def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
@@ -48,6 +49,13 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
     if not source.begins_at_first_token or own.shape[1] != source.keys.shape[1]:
         return "its rows must be all the tokens, from the first"
     return None
+
+
+def tested(queries: Array) -> bool:
+    """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
+    return (
+        queries.shape[-1] in TESTED_HEAD_DIMS and _compute_capability() in TESTED_CAPABILITIES
+    )
 
 
 def attend(
