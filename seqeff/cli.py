@@ -133,7 +133,15 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError(f"another process has just begun a run in {run.path}; start again")
         outcome = training.train(config, run, origin, checkpoint=options.checkpoint)
     if jax.process_index() == 0:
-        print(_summary(options.config, config, run, outcome, any(name.startswith("Train.steps=") for name in overrides)))
+        print(
+            _summary(
+                options.config,
+                config,
+                run,
+                outcome,
+                any(name.startswith("Train.steps=") for name in overrides),
+            )
+        )
     return 0
 
 

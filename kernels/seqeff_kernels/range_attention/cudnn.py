@@ -53,9 +53,7 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
 
 def tested(queries: Array) -> bool:
     """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
-    return (
-        queries.shape[-1] in TESTED_HEAD_DIMS and _compute_capability() in TESTED_CAPABILITIES
-    )
+    return queries.shape[-1] in TESTED_HEAD_DIMS and _compute_capability() in TESTED_CAPABILITIES
 
 
 def attend(
