@@ -69,7 +69,7 @@ def whole_rows(table: jax.Array) -> jax.Array:
     Rows cut over `fsdp` would make the lookup copy all activations to all devices to join them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return table
     rows = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
     return jax.lax.with_sharding_constraint(table, PartitionSpec(rows, None))

@@ -319,7 +319,7 @@ class Transformer(nnx.Module):
         if self.config.rematerialise == "nothing":
             return layer
         policy = _keep_products if self.config.rematerialise == "elementwise" else None
-        # the loop over layers already keeps the compiler from sharing the two computations
+        # a loop keeps the two computations apart; a fully unrolled one may share them again
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
