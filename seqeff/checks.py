@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import dataclasses
+import errno
+import os
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal, Union
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(Exception):
@@ -24,6 +30,25 @@ def require(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+@contextlib.contextmanager
+def writing(
+    what: str, remedy: str = "make it writable, or choose another --run-dir"
+) -> Iterator[None]:
+    """Turns a full disk, missing permission or read-only file system into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # native libraries report the system's error only in the text of their own
+        reasons = [text for text in map(os.strerror, _DISK_ERRORS) if text in str(error)]
+        if isinstance(error, OSError):
+            reasons = [error.strerror or str(error)]
+        if not reasons:
+            raise
+        raise UserError(f"cannot write {what}: {reasons[0]}; free space there, {remedy}") from error
 
 
 def check_types(config: Any) -> None:

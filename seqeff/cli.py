@@ -10,11 +10,11 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from seqeff.checks import UserError, flatten
+from seqeff.checks import UserError, flatten, writing
 
 if TYPE_CHECKING:
     from seqeff import training
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(rest)
         if overrides and not options.takes_overrides:
-            raise UserError(f"seqeff {options.command} takes no --gin overrides")
+            raise UserError(f"{options.name} takes no --gin overrides")
         return options.run(options, overrides)
     except UserError as error:
         print(f"seqeff: {' '.join(str(error).split())}", file=sys.stderr)
@@ -62,14 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Language models that spend less per token of context.",
         epilog=_OVERRIDES,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: object, text: str, overrides: bool = False
+        name: str, run: object, text: str, overrides: bool = False, among: Any = commands
     ) -> argparse.ArgumentParser:
         epilog = _OVERRIDES if overrides else None
-        sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
-        sub.set_defaults(run=run, takes_overrides=overrides)
+        sub = among.add_parser(name, help=text, description=text, epilog=epilog)
+        sub.set_defaults(run=run, name=sub.prog, takes_overrides=overrides)
         return sub
 
     train = command("train", _train, "Train from a gin config, or go on with a run.", True)
@@ -98,11 +98,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "Which methods, backends and devices are available here, and why not.")
 
-    bench = command("bench", _bench, "Measure speed on this machine, as JSON.", True)
-    bench.add_argument("what", choices=("train", "data"))
-    bench.add_argument("configs", nargs="*", type=Path, help="for train: gin files, one row each")
-    bench.add_argument("--steps", type=_positive, default=20, help="timed steps (default: 20)")
-    bench.add_argument("--json", type=Path, help="write the results to this file")
+    text = "Measure speed on this machine."
+    bench = commands.add_parser("bench", help=text, description=text)
+    kinds = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    text = "Training steps of configs, on random tokens."
+    steps = command("train", _bench_train, text, True, among=kinds)
+    steps.add_argument("configs", nargs="+", type=Path, help="gin files, one row each")
+    steps.add_argument("--steps", type=_positive, default=20, help="timed steps (default: 20)")
+    batches = command("data", _bench_data, "Batches of synthetic text.", among=kinds)
+    for benchmark in (steps, batches):
+        benchmark.add_argument("--json", type=Path, help="write the results to this file")
     return parser
 
 
@@ -121,6 +126,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config: training.Train = loaded.root
     if resumed is not None:
         _check_same_run(resumed, before, config)
+        resumed.check_modules(loaded.modules)
     if options.dry_run:
         return _dry_run(config)
     prepare_backend(config)
@@ -189,19 +195,17 @@ def _dry_run(config: training.Train) -> int:
 def _evaluate(options: argparse.Namespace, _: Sequence[str]) -> int:
     import jax
 
-    from seqeff.data import place
+    from seqeff.data import place, prepare_validation
     from seqeff.evaluation import make_evaluate
-    from seqeff.training.program import prepare_for
 
-    run, config = _open(options)[:2]
-    prepared = prepare_for(config, run)
-    batches = prepared.validation
+    run, config, tokenizer = _open(options)
+    batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
-    program, parameters = _restore(run, config, prepared.tokenizer, options.checkpoint)
+    program, parameters = _restore(run, config, tokenizer, options.checkpoint)
     count = min(len(batches), options.batches or len(batches))
     with jax.set_mesh(program.mesh):
-        result = make_evaluate(program.graph, prepared.tokenizer.byte_lengths())(
+        result = make_evaluate(program.graph, tokenizer.byte_lengths())(
             parameters, (place(batches, index, program.batch_sharding) for index in range(count))
         )
     print(
@@ -243,31 +247,29 @@ def _info(options: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from seqeff.bench.train import benchmark_training
+
+    loaded = [(str(path), _load(path, overrides, None).root) for path in options.configs]
+    return _tell_speed("train", benchmark_training(loaded, options.steps), options.json)
+
+
+def _bench_data(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff.bench.data import benchmark_batches
+
+    results = [row._asdict() for row in benchmark_batches()]
+    return _tell_speed("data", results, options.json)
+
+
+def _tell_speed(benchmark: str, results: Sequence[Mapping[str, Any]], file: Path | None) -> int:
     import json
 
-    if options.what == "data":
-        from seqeff.bench.data import benchmark_batches
-
-        if options.configs or overrides:
-            raise UserError("seqeff bench data takes no config: its text is synthetic")
-        results = [row._asdict() for row in benchmark_batches()]
-    else:
-        from seqeff.bench.train import benchmark_training
-        from seqeff.config import load
-
-        if not options.configs:
-            raise UserError("seqeff bench train needs gin files, such as configs/bench/*.gin")
-        loaded = [(str(path), load(path, overrides).root) for path in options.configs]
-        results = benchmark_training(loaded, options.steps)
-    if options.json is not None:
+    if file is not None:
         from seqeff.runs import versions, write_atomically
 
-        report = {"benchmark": options.what, "versions": versions(), "results": results}
-        try:
-            write_atomically(options.json, json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {options.json}: {error}") from error
+        report = {"benchmark": benchmark, "versions": versions(), "results": results}
+        with writing(str(file), "or choose another --json"):
+            write_atomically(file, json.dumps(report, indent=2) + "\n")
     for row in results:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     return 0

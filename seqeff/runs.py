@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from seqeff.checks import UserError
+from seqeff.checks import UserError, writing
 
 _PACKAGES = (
     "jax",
@@ -70,6 +71,10 @@ class RunDirectory:
         self.profile = self.path / "profile"
         self._lock = self.path / ".lock"
 
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Turns a directory that cannot be written into a `UserError`."""
+        return writing(f"the run directory {self.path}")
+
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.operative_config.exists()
@@ -99,7 +104,7 @@ class RunDirectory:
             yield
             return
         with contextlib.ExitStack() as stack:
-            with _writing(self.path):
+            with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
                 empty = not any(self.path.iterdir())
                 if not (empty or self.exists() or self._lock.exists()):
@@ -119,20 +124,46 @@ class RunDirectory:
                 if empty and not self.exists():
                     shutil.rmtree(self.path, ignore_errors=True)
 
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What identifies the run's tokenizer and documents.
+
+        Raises:
+          UserError: it is missing or damaged.
+        """
+        try:
+            return json.loads(self.data.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.data}: {error}; the run is damaged") from error
+
+    def check_modules(self, modules: Mapping[str, Path]) -> None:
+        """Refuses modules whose code is no longer what the run has kept of them.
+
+        Raises:
+          UserError: names the first such file, its copy, and how to go on.
+        """
+        for name, source in modules.items():
+            copy = self._copy(name)
+            if copy.exists() and copy.read_text("utf-8") != source.read_text("utf-8"):
+                raise UserError(
+                    f"{source} is not the code that this run began with, {copy}; to go on with the "
+                    f"new code, put it there: {shlex.join(['cp', str(source), str(copy)])}; or "
+                    "choose another --run-dir"
+                )
+
     def begin(self, origin: Origin) -> None:
         """Writes what the run is started with; the operative config last, as the mark of a run.
 
         Raises:
           UserError: the disk is full or read-only.
         """
-        with _writing(self.path):
+        with self.writing():
             write_atomically(self.config, origin.config)
             write_atomically(self.overrides, "".join(f"{line}\n" for line in origin.overrides))
             write_atomically(self.versions, json.dumps(versions(), indent=2) + "\n")
             for name, source in origin.modules.items():
-                copy = self.modules.joinpath(*name.split(".")).with_suffix(".py")
+                copy = self._copy(name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(copy, source.read_text(encoding="utf-8"))
+                write_atomically(copy, source.read_text("utf-8"))
             write_atomically(self.operative_config, origin.operative)
 
     def add_sample(self, step: int, text: str) -> None:
@@ -141,20 +172,12 @@ class RunDirectory:
         Raises:
           UserError: the disk is full or read-only.
         """
-        with _writing(self.path):
+        with self.writing():
             self.samples.mkdir(exist_ok=True)
             write_atomically(self.samples / f"{step}.txt", text + "\n")
 
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run directory {path}: {error.strerror or error}; free space there, "
-            "make it writable, or choose another --run-dir"
-        ) from error
+    def _copy(self, module: str) -> Path:
+        return self.modules.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def write_atomically(path: Path, text: str) -> None:

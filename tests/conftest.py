@@ -11,7 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 
+import jax  # noqa: E402
 import tiny_run  # noqa: E402
+from jax._src import xla_bridge  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +41,19 @@ def finished(tiny, compilation_cache):
         result = tiny.train(run_dir)
     assert result.status == 0, result.errors
     return run_dir
+
+
+@pytest.fixture
+def no_devices(monkeypatch):
+    """Any use of a device, or start of a backend, fails."""
+
+    def fail(*_, **__):
+        raise AssertionError("a device was touched")
+
+    for name in ("devices", "local_devices", "device_put", "jit"):
+        monkeypatch.setattr(jax, name, fail)
+    for name in ("backends", "get_backend"):
+        monkeypatch.setattr(xla_bridge, name, fail)
 
 
 @pytest.fixture

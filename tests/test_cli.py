@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and what it leaves behind."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,17 +30,6 @@ OUTSIDE = '''
 def elsewhere(tmp_path, monkeypatch):
     """Where relative paths lead, so that nothing is written beside the tests."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def no_devices(monkeypatch):
-    """Any use of a device fails."""
-
-    def fail(*_, **__):
-        raise AssertionError("a device was touched")
-
-    for name in ("devices", "local_devices", "device_put", "jit"):
-        monkeypatch.setattr(jax, name, fail)
 
 
 BAD_CONFIGS = {
@@ -75,7 +65,13 @@ def test_a_config_that_is_not_there(tiny, no_devices):
     assert "includes.gin:1" in refused("train", missing)
 
 
-def test_bad_data_is_refused_and_nothing_is_left(tiny, tmp_path):
+def test_no_devices_notices_them(no_devices):
+    for use in (jax.devices, jax.process_index, jax.device_count, lambda: jax.random.key(0)):
+        with pytest.raises(AssertionError, match="a device was touched"):
+            use()
+
+
+def test_bad_data_is_refused_and_nothing_is_left(tiny, no_devices, tmp_path):
     write_json_lines(tiny.folder / "rows.jsonl", [{"body": "some text"}, {"body": "more text"}])
     source = f"""
         Data.source = @JsonlFiles()
@@ -89,15 +85,27 @@ def test_bad_data_is_refused_and_nothing_is_left(tiny, tmp_path):
     assert "TextFiles is empty" in refused("train", tiny.config, "--run-dir", "run", empty)
     absent = f"--gin.TextFiles.paths=('{tiny.folder}/corpse/*.txt',)"
     assert "matches no file" in refused("train", tiny.config, "--run-dir", "run", absent)
+    (tmp_path / "file").write_text("")
+    cache = "--gin.Data.cache='file/cache'"
+    line = refused("train", tiny.config, "--run-dir", "run", cache)
+    assert f"cannot write to {tmp_path}/file/cache" in line
+    (tmp_path / "file").unlink()
     assert not list(tmp_path.iterdir())
     assert "has no column" in refused("train", column)
     assert not list((tmp_path / "runs").iterdir())
+    assert "has no column" in refused("train", column, "--dry-run")
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(tiny, no_devices, tmp_path):
+    small = "--gin.TransformerConfig.vocabulary_size=280"
+    line = refused("train", tiny.config, "--run-dir", "run", small)
+    assert "= 280 is below the tokenizer's" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["TransformerConfig.vocabulary_size=280"], "= 280 is below the tokenizer's"),
         (["MeshConfig.data=8"], "Data.batch_size = 4 does not divide among the 8 devices"),
         (["MeshConfig.data=16"], "needs 16 devices; there are 8"),
     ],
@@ -124,21 +132,57 @@ def test_another_run_is_not_overwritten(copied, tiny):
     assert files_of(copied) == before
 
 
-def test_documents_or_a_tokenizer_that_differ_are_refused(copied, tiny, finished):
+def test_documents_or_a_tokenizer_that_differ_are_refused(copied, tiny, finished, no_devices):
     data = json.loads((copied / "data.json").read_text())
-    (copied / "data.json").write_text(json.dumps(data | {"train": ["0" * 64]}))
-    for command in (["train", tiny.config, "--run-dir"], ["eval"]):
-        line = refused(*command, copied)
-        assert "the training documents differ from those that the run was started with" in line
+    resume = ["train", tiny.config, "--run-dir"]
+    for part, name, commands in (
+        ("train", "training", [resume]),
+        ("validation", "validation", [resume, ["eval"]]),
+    ):
+        (copied / "data.json").write_text(json.dumps(data | {part: ["0" * 64]}))
+        for command in commands:
+            line = refused(*command, copied)
+            assert f"the {name} documents differ from those that the run was started with" in line
+    for damage in ("{", None):
+        (copied / "data.json").unlink()
+        if damage:
+            (copied / "data.json").write_text(damage)
+        for command in (resume, ["eval"]):
+            assert "data.json" in refused(*command, copied)
     shutil.copy(finished / "data.json", copied)
     path = copied / "tokenizer/tokenizer.json"
     settings = json.loads(path.read_text())
     settings["model"]["merges"].pop()
     path.write_text(json.dumps(settings))
-    assert "the tokenizer differs" in refused("train", tiny.config, "--run-dir", copied)
+    for command in (resume, ["eval"]):
+        assert "the tokenizer differs" in refused(*command, copied)
 
 
-def test_a_directory_that_cannot_be_written(tiny, tmp_path):
+def test_relative_paths_mean_the_same_files_from_everywhere(tiny, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    shutil.copytree(tiny.folder / "corpus", project / "corpus")
+    (project / "relative.gin").write_text(
+        f"include '{tiny.config}'\nTextFiles.paths = ('corpus/*.txt',)\n"
+        "Data.cache = 'cache'\nTrain.steps = 2\n"
+    )
+    monkeypatch.chdir(project)
+    result = seqeff("train", "relative.gin", "--run-dir", "run")
+    assert result.status == 0, result.errors
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_dir = "../project/run"
+    assert seqeff("eval", run_dir).status == 0
+    assert seqeff("generate", run_dir, "--prompt", "a", "--tokens", 2).status == 0
+    longer = "--gin.Train.steps=3"
+    again = seqeff("train", "../project/relative.gin", "--run-dir", run_dir, longer)
+    assert again.status == 0, again.errors
+    other = "--gin.TextFiles.paths=('corpus/*.txt',)"
+    line = refused("train", "../project/relative.gin", "--run-dir", run_dir, other)
+    assert f"TextFiles.paths = ('{tmp_path}/elsewhere/corpus/*.txt',)" in line
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_directory_that_cannot_be_written(tiny, no_devices, tmp_path):
     (tmp_path / "file").write_text("")
     line = refused("train", tiny.config, "--run-dir", "file/run")
     assert "cannot write the run directory" in line
@@ -182,7 +226,13 @@ def test_a_full_disk(tiny, finished, tmp_path):
         (["train", "a.gin", "--gin.Train.steps"], "--gin.Train.steps has no value"),
         (["eval", "run", "--gin.Train.steps=3"], "seqeff eval takes no --gin overrides"),
         (["eval", "."], "is not a run directory: it has no operative_config.gin"),
+        (["eval", "absent"], "is not a run directory"),
         (["generate", "absent", "--prompt", "a"], "is not a run directory"),
+        (["generate", ".", "--prompt", "a"], "is not a run directory"),
+        (["bench"], "the following arguments are required: BENCHMARK; see seqeff bench --help"),
+        (["bench", "train"], "are required: configs; see seqeff bench train --help"),
+        (["bench", "data", "a.gin"], "unrecognized arguments: a.gin"),
+        (["bench", "data", "--gin.A.b=1"], "seqeff bench data takes no --gin overrides"),
     ],
 )
 def test_a_bad_command_is_one_line(arguments, expected, no_devices):
@@ -219,6 +269,22 @@ def test_a_dry_run_tells_the_costs_and_writes_nothing(tiny, tmp_path):
     assert parameters < printed < parameters * 1.1
     assert not list(tmp_path.iterdir())
     refused("train", tiny.config, "--dry-run", "--gin.MeshConfig.data=8")
+
+
+@pytest.mark.parametrize("options_first", [True, False])
+def test_bench_times_each_config(options_first, tiny, tmp_path):
+    configs, options = [tiny.config, tiny.config], ["--steps", 1, "--json", "speed.json"]
+    ordered = [*options, *configs] if options_first else [*configs, *options]
+    result = seqeff("bench", "train", *ordered, "--gin.Train.seed=1")
+    assert result.status == 0, result.errors
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert report["benchmark"] == "train"
+    assert [row["config"] for row in report["results"]] == [str(tiny.config)] * 2
+    assert all(row["tokens_per_second"] > 0 for row in report["results"])
+    (tmp_path / "file").write_text("")
+    if options_first:
+        line = refused("bench", "train", "--steps", 1, "--json", "file/x.json", tiny.config)
+        assert "cannot write file/x.json: Not a directory" in line
 
 
 def test_info_tells_what_is_here():
@@ -260,6 +326,17 @@ def test_an_outside_attention_is_kept_with_the_run(tiny, tmp_path, finished):
     assert (run_dir / "modules/outside.py").read_text() == source.read_text()
     assert "Outside.strength = 2" in (run_dir / "operative_config.gin").read_text()
     expected = steps_of(run_dir)
+
+    before = files_of(run_dir)
+    source.write_text(source.read_text() + "\n# changed\n")
+    line = refused("train", given, "--run-dir", run_dir, "--checkpoint", "20")
+    assert line.startswith(f"{source} is not the code that this run began with, {run_dir}/modules/")
+    assert files_of(run_dir) == before
+    # the way out that it offers
+    subprocess.run(re.search(r"there: (cp .*); or", line)[1], shell=True, check=True)
+    assert (run_dir / "modules/outside.py").read_text() == source.read_text()
+    result = seqeff("train", given, "--run-dir", run_dir, "--checkpoint", "20")
+    assert result.status == 0, result.errors
 
     source.unlink()
     in_a_new_process(["train", given, "--run-dir", run_dir, "--checkpoint", "20"])

@@ -46,6 +46,24 @@ def test_the_operative_config_is_written_last(tmp_path, monkeypatch):
     assert (run.modules / "pack/__init__.py").exists()
 
 
+def test_changed_code_is_refused(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    module, other = tmp_path / "a file.py", tmp_path / "other.py"
+    module.write_bytes(b"x = 1\r\n")
+    other.write_text("y = 1\n")
+    modules = {"mine": module, "pack.__init__": module}
+    run.path.mkdir()
+    run.begin(Origin("given", "operative", (), modules))
+    run.check_modules(modules | {"new": other})
+    copy = run.modules / "pack/__init__.py"
+    message = f"{other} is not the code that this run began with, {copy}; .*cp {other} {copy};"
+    with pytest.raises(UserError, match=message):
+        run.check_modules(modules | {"pack.__init__": other})
+    module.write_text("x = 2\n")
+    with pytest.raises(UserError, match=f"cp '{module}' {run.modules}/mine.py; or choose another"):
+        run.check_modules({"mine": module})
+
+
 def test_a_directory_in_which_nothing_began_is_removed(tmp_path):
     (tmp_path / "empty").mkdir()
     for run in (RunDirectory(tmp_path / "deep/er"), RunDirectory(tmp_path / "empty")):

@@ -13,6 +13,9 @@ Configs are frozen dataclasses that know nothing of gin; a gin file chooses and 
 gin itself accepts misspelt macros, bindings that nothing reads and values of any type. Here each is
 a `ConfigError` of one line that begins with the file and line, or with the override, at fault.
 
+Paths of local files, whose fields have a type of `seqeff.paths`, become absolute: a relative one
+begins at the folder of the gin file that gives it, in an override at the working directory.
+
 One kind of unread binding is no mistake: when a later file or an override replaces
 `Train.optimizer = @AdamW()` by `@Muon()`, what the earlier files bound for AdamW goes with it.
 """

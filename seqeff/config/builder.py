@@ -24,6 +24,7 @@ from seqeff.config.statements import (
     located,
     map_items,
 )
+from seqeff.paths import Anchor, path_fields
 
 
 @contextlib.contextmanager
@@ -77,16 +78,10 @@ class Builder:
         Raises:
           ConfigError: begins with the place of the binding at fault.
         """
-        for binding in self._final.values():
-            key = ("/".join(binding.scope), binding.selector, binding.field)
-            with located(binding.place):
-                value = self._gin_value(binding.value)
-                gin.bind_parameter(
-                    key if binding.selector else (binding.field, "gin.macro", "value"), value
-                )
         with located(self._path):
             selector = self._classes.resolve(root)
         try:
+            self._bind_all()
             config = self._makers[selector]()
         except RecursionError:
             raise ConfigError(f"{self._path}: a macro or a config contains itself") from None
@@ -96,6 +91,32 @@ class Builder:
             raise self._failure from self._failure.__cause__
         self._require_used()
         return config
+
+    def _bind_all(self) -> None:
+        for binding in self._final.values():
+            key = ("/".join(binding.scope), binding.selector, binding.field)
+            with located(binding.place):
+                value = self._gin_value(self._with_absolute_paths(binding))
+                gin.bind_parameter(
+                    key if binding.selector else (binding.field, "gin.macro", "value"), value
+                )
+
+    def _with_absolute_paths(self, binding: Binding) -> Any:
+        """The value; where it holds paths, they begin at the folder of the file that gives them."""
+        cls = self._classes.by_name.get(binding.selector)
+        anchor = path_fields(cls).get(binding.field) if cls is not None else None
+        return binding.value if anchor is None else self._anchored(binding, anchor)
+
+    def _anchored(self, binding: Binding, anchor: Anchor) -> Any:
+        def anchored(value: Any) -> Any:
+            if value and isinstance(value, str):
+                return anchor(value, binding.folder)
+            if isinstance(value, Macro) and (macro := self._final.get(((), "", value.name))):
+                # a macro's path may come from another file than the binding
+                return self._anchored(macro, anchor)
+            return map_items(anchored, value)
+
+        return anchored(binding.value)
 
     def _gin_value(self, value: Any) -> Any:
         if isinstance(value, Reference):
@@ -261,9 +282,13 @@ class Builder:
 
 
 def _default_bindings(classes: Classes, path: str) -> Iterator[Binding]:
-    """Nameless bindings of the defaults that are configs: gin builds them, so they can be bound."""
+    """Nameless bindings of the defaults that are configs or paths.
+
+    gin builds the configs, so they can be bound; a relative path begins at the working directory.
+    """
     names = {cls: selector for selector, cls in classes.by_name.items()}
     for cls, selector in names.items():
+        paths = path_fields(cls)
         for field in dataclasses.fields(cls):
             maker: Any = field.default_factory
             kind: Any = type(field.default)
@@ -273,6 +298,8 @@ def _default_bindings(classes: Classes, path: str) -> Iterator[Binding]:
             if field.init and maker in names:
                 value = Reference("", True, names[maker])
                 yield Binding((), selector, field.name, value, name="", place=path)
+            elif field.init and field.name in paths and field.default is not dataclasses.MISSING:
+                yield Binding((), selector, field.name, field.default, name="", place=path)
 
 
 def _accepts(expected: Any, cls: type) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import tokenize
 from collections.abc import Callable, Iterator
@@ -72,6 +73,11 @@ class Binding:
     def source(self) -> str:
         """The file, or the command line."""
         return "--gin." if self.place.startswith("--gin.") else self.place.rpartition(":")[0]
+
+    @property
+    def folder(self) -> str:
+        """Where relative paths begin: the file's folder; else, as for a default, where one is."""
+        return os.path.dirname(self.source if self.name else "") or os.curdir
 
     @property
     def target(self) -> str | Macro:

@@ -4,7 +4,7 @@ from seqeff.data.batch import Batch
 from seqeff.data.batches import Batches, EvaluationBatches
 from seqeff.data.build import Stores, build_store
 from seqeff.data.builtin import BuiltinText
-from seqeff.data.data import Data, PreparedData, prepare
+from seqeff.data.data import Data, PreparedData, prepare, prepare_validation
 from seqeff.data.document import Document, Source
 from seqeff.data.loader import Loader, place
 from seqeff.data.sources import (
@@ -44,4 +44,5 @@ __all__ = [
     "build_store",
     "place",
     "prepare",
+    "prepare_validation",
 ]

@@ -56,8 +56,16 @@ class Batches:
           packing: `"split"` cuts documents at the ends of rows; `"whole"` cuts only those that are
             longer than a row.
           separate_documents: whether batches tell documents apart.
+
+        Raises:
+          ConfigError: a value out of its range, or not one weight a store.
         """
+        _check(stores, sequence_length, batch_size, packing)
         require(len(stores) <= _MIXTURE_BLOCK, f"a mixture has at most {_MIXTURE_BLOCK} sources")
+        require(
+            weights is None or len(weights) == len(stores),
+            f"weights = {weights} for {len(stores)} stores; give one weight a store",
+        )
         self.batch_size = batch_size
         self._orders = [
             _Shuffled(store, number, seed, sequence_length, packing)
@@ -148,6 +156,7 @@ class EvaluationBatches:
         separate_documents: bool = True,
     ) -> None:
         """As for `Batches`; documents of different stores never share a row."""
+        _check(stores, sequence_length, batch_size, packing)
         self.batch_size = batch_size
         self._stores = stores
         self._rows = [
@@ -238,6 +247,15 @@ def _shares(weights: Sequence[float]) -> Int64[np.ndarray, " stores"]:
         candidates = np.where((shares > 1) | (change > 0), (exact - shares) * change, -np.inf)
         shares[np.argmax(candidates)] += change
     return shares
+
+
+def _check(
+    stores: Sequence[TokenStore], sequence_length: int, batch_size: int, packing: str
+) -> None:
+    require(len(stores) > 0, "batches need at least one store of documents")
+    for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
+        require(value >= 1, f"{name} = {value} must be at least 1")
+    require(packing in PACKINGS, f"packing = {packing!r} must be one of {', '.join(PACKINGS)}")
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:

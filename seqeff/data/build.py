@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -23,15 +23,24 @@ _BATCH_CHARACTERS = 1 << 21
 _BATCH_DOCUMENTS = 1 << 14
 
 
-class Stores(NamedTuple):
-    """The parts of a source's store; no validation where nothing is held out."""
+class Stores:
+    """The parts of a source's store, each opened when it is first asked for."""
 
-    train: TokenStore
-    validation: TokenStore | None
+    def __init__(self, directory: Path, holdout: float) -> None:
+        self._directory, self._holdout = directory, holdout
+
+    @functools.cached_property
+    def train(self) -> TokenStore:
+        return TokenStore(self._directory, "train")
+
+    @functools.cached_property
+    def validation(self) -> TokenStore | None:
+        """None where nothing is held out."""
+        return TokenStore(self._directory, "validation") if self._holdout else None
 
 
 def build_store(source: Source, tokenizer: Tokenizer, cache: Path, holdout: float = 0.0) -> Stores:
-    """Opens the store of a source, after building it unless the cache holds it.
+    """The store of a source, built unless the cache holds it.
 
     Args:
       source: where the documents come from; those without any text are left out.
@@ -51,8 +60,7 @@ def build_store(source: Source, tokenizer: Tokenizer, cache: Path, holdout: floa
     }
     directory = cache / "stores" / cache_key(description)
     build_once(directory, lambda partial: _build(partial, source, tokenizer, holdout))
-    validation = TokenStore(directory, "validation") if holdout else None
-    return Stores(TokenStore(directory, "train"), validation)
+    return Stores(directory, holdout)
 
 
 def is_held_out(document: Document, holdout: float) -> bool:

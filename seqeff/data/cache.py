@@ -14,7 +14,7 @@ from typing import Any
 
 import filelock
 
-from seqeff.checks import UserError
+from seqeff.checks import UserError, writing
 
 
 def cache_root(configured: str | None) -> Path:
@@ -34,18 +34,14 @@ def canonical_json(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turns a full disk, missing permission or read-only file system into a `UserError`."""
+    """Turns what can fail in the cache folder into a `UserError`."""
+    elsewhere = "folder with Data.cache or the environment variable SEQEFF_CACHE"
     try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path}: {error.strerror or error}; free space there, or choose "
-            "another folder with Data.cache or the environment variable SEQEFF_CACHE"
-        ) from error
+        with writing(f"to {path}", f"or choose another {elsewhere}"):
+            yield
     except NotImplementedError as error:
         raise UserError(
-            f"cannot lock files in {path}: {error}; choose a local folder with Data.cache or "
-            "the environment variable SEQEFF_CACHE"
+            f"cannot lock files in {path}: {error}; choose a local {elsewhere}"
         ) from error
 
 

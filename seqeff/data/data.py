@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from seqeff.checks import UserError, check_types, require
 from seqeff.data.batches import Batches, EvaluationBatches, Packing
-from seqeff.data.build import build_store, is_held_out
+from seqeff.data.build import Stores, build_store, is_held_out
 from seqeff.data.cache import cache_root
 from seqeff.data.document import Source
 from seqeff.data.sources import Mixture
 from seqeff.data.store import TokenStore
 from seqeff.data.tokenizer import Tokenizer
 from seqeff.data.tokenizer_config import TokenizerConfig
+from seqeff.paths import LocalPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Data:
     packing: Packing = "split"
     separate_documents: bool = True
     seed: int = 0
-    cache: str | None = None
+    cache: LocalPath | None = None
     prefetch: int = 2
 
     def __post_init__(self) -> None:
@@ -100,18 +101,14 @@ def prepare(
         not those of the run.
     """
     cache = cache_root(data.cache)
-    holdout = data.holdout if data.validation is None else 0.0
+    holdout = _holdout(data)
     if tokenizer is None:
         tokenizer = _build_tokenizer(data, holdout, cache)
     else:
         data.tokenizer.check(tokenizer)
-    sources, weights = zip(*_components(data.source), strict=True)
-    stores = [build_store(source, tokenizer, cache, holdout) for source in sources]
+    stores = _build(data.source, tokenizer, cache, holdout)
     train = tuple(store.train for store in stores)
-    validation = tuple(store.validation for store in stores if store.validation is not None)
-    if data.validation is not None:
-        held_out = [source for source, _ in _components(data.validation)]
-        validation = tuple(build_store(source, tokenizer, cache).train for source in held_out)
+    validation = _validation_stores(data, tokenizer, cache, stores)
     found = {
         "tokenizer": tokenizer.fingerprint,
         "train": _contents(train),
@@ -122,25 +119,70 @@ def prepare(
         tokenizer=tokenizer,
         train=Batches(
             train,
-            weights=weights,
+            weights=[weight for _, weight in _components(data.source)],
             sequence_length=data.sequence_length,
             batch_size=data.batch_size,
             seed=data.seed,
             packing=data.packing,
             separate_documents=data.separate_documents,
         ),
-        validation=EvaluationBatches(
-            validation,
-            sequence_length=data.sequence_length,
-            batch_size=data.batch_size,
-            packing=data.packing,
-            separate_documents=data.separate_documents,
-        )
-        if validation
-        else None,
+        validation=_evaluation_batches(data, validation),
         train_stores=train,
         validation_stores=validation,
         fingerprint=found,
+    )
+
+
+def prepare_validation(
+    data: Data, tokenizer: Tokenizer, fingerprint: Mapping[str, Any]
+) -> EvaluationBatches | None:
+    """The same as `prepare(...).validation`, without the training documents.
+
+    A source that validation documents are held out of is still read, unless the cache holds it.
+
+    Args:
+      data: the config.
+      tokenizer: of an existing run.
+      fingerprint: `PreparedData.fingerprint` of that run.
+
+    Raises:
+      UserError: as for `prepare`.
+    """
+    data.tokenizer.check(tokenizer)
+    cache, holdout = cache_root(data.cache), _holdout(data)
+    stores = _build(data.source, tokenizer, cache, holdout) if holdout else []
+    validation = _validation_stores(data, tokenizer, cache, stores)
+    found = {"tokenizer": tokenizer.fingerprint, "validation": _contents(validation)}
+    _compare(fingerprint, found)
+    return _evaluation_batches(data, validation)
+
+
+def _holdout(data: Data) -> float:
+    return data.holdout if data.validation is None else 0.0
+
+
+def _build(source: Source, tokenizer: Tokenizer, cache: Path, holdout: float) -> list[Stores]:
+    return [build_store(part, tokenizer, cache, holdout) for part, _ in _components(source)]
+
+
+def _validation_stores(
+    data: Data, tokenizer: Tokenizer, cache: Path, stores: Sequence[Stores]
+) -> tuple[TokenStore, ...]:
+    """Those of the validation source if there is one, else what the stores hold out."""
+    if data.validation is not None:
+        return tuple(store.train for store in _build(data.validation, tokenizer, cache, 0.0))
+    return tuple(store.validation for store in stores if store.validation is not None)
+
+
+def _evaluation_batches(data: Data, stores: Sequence[TokenStore]) -> EvaluationBatches | None:
+    if not stores:
+        return None
+    return EvaluationBatches(
+        stores,
+        sequence_length=data.sequence_length,
+        batch_size=data.batch_size,
+        packing=data.packing,
+        separate_documents=data.separate_documents,
     )
 
 
@@ -168,8 +210,8 @@ def _compare(run: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         "train": "the training documents differ from those",
         "validation": "the validation documents differ from those",
     }
-    for name, subject in subjects.items():
-        if run.get(name) != found[name]:
+    for name, value in found.items():
+        if run.get(name) != value:
             raise UserError(
-                f"{subject} that the run was started with; restore them, or start a new run"
+                f"{subjects[name]} that the run was started with; restore them, or start a new run"
             )

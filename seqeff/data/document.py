@@ -15,7 +15,10 @@ class Document(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Any config class with these two methods is a source of text."""
+    """Any config class with these two methods is a source of text.
+
+    Fields that name local files have a type of `seqeff.paths`.
+    """
 
     def documents(self) -> Iterator[Document]:
         """All documents, in an order that never changes; may be called more than once."""

@@ -51,7 +51,8 @@ def find_files(patterns: Sequence[str], field: str) -> list[Path]:
         matches = [Path(match) for match in glob.glob(expanded, recursive=True)]
         matches = [match for match in matches if match.is_file()]
         if not matches:
-            raise UserError(f"{field} = {pattern!r} matches no file (looked in {os.getcwd()})")
+            looked = "" if os.path.isabs(expanded) else f" (looked in {os.getcwd()})"
+            raise UserError(f"{field} = {pattern!r} matches no file{looked}")
         files.update(matches)
     return sorted(files, key=lambda path: path.as_posix())
 

@@ -14,6 +14,7 @@ from typing import Any
 from seqeff.checks import UserError, check_types, require
 from seqeff.data.document import Document, Source
 from seqeff.data.files import decode_utf8, describe_files, find_files, nearest, read_bytes
+from seqeff.paths import LocalPathOrName, LocalPattern
 
 _ROWS = 1024
 
@@ -23,10 +24,10 @@ class TextFiles:
     """UTF-8 text files, a file a document.
 
     Attributes:
-      paths: files or glob patterns (`corpus/**/*.txt`), relative to the working directory.
+      paths: files or glob patterns (`corpus/**/*.txt`).
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[LocalPattern, ...]
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -46,12 +47,12 @@ class JsonlFiles:
     """Files with a JSON object a line, an object a document.
 
     Attributes:
-      paths: files or glob patterns, relative to the working directory.
+      paths: files or glob patterns.
       text: the field that holds the text.
       prompt, completion: for fine-tuning, in place of `text`; the loss counts on the completion.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[LocalPattern, ...]
     text: str = "text"
     prompt: str | None = None
     completion: str | None = None
@@ -77,12 +78,12 @@ class ParquetFiles:
     """Parquet files, a row a document.
 
     Attributes:
-      paths: files or glob patterns, relative to the working directory.
+      paths: files or glob patterns.
       text: the column that holds the text.
       prompt, completion: for fine-tuning, in place of `text`; the loss counts on the completion.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[LocalPattern, ...]
     text: str = "text"
     prompt: str | None = None
     completion: str | None = None
@@ -127,7 +128,7 @@ class HuggingFaceDataset:
       prompt, completion: for fine-tuning, in place of `text`; the loss counts on the completion.
     """
 
-    name: str
+    name: LocalPathOrName
     config: str | None = None
     split: str = "train"
     revision: str | None = None

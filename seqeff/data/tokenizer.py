@@ -17,7 +17,7 @@ import tokenizers
 from jaxtyping import Int32
 
 from seqeff.checks import UserError
-from seqeff.data.cache import canonical_json, writing_to
+from seqeff.data.cache import canonical_json
 from seqeff.data.files import decode_utf8, existing_file, nearest, read_bytes
 from seqeff.data.token_bytes import token_to_bytes
 
@@ -120,9 +120,8 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json`, and `tokenizer_config.json` which names the end of text."""
         settings = {"eos_token": self.end_of_text_name}
-        with writing_to(directory):
-            (directory / _FILE).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
-            (directory / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+        (directory / _FILE).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+        (directory / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, end_of_text: str | None = None) -> Tokenizer:

@@ -11,8 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import tokenizers
 
 from seqeff.checks import UserError, check_types, require
-from seqeff.data.cache import build_once, cache_key
+from seqeff.data.cache import build_once, cache_key, writing_to
 from seqeff.data.tokenizer import LONGEST_PIECE, Tokenizer, pieces_of
+from seqeff.paths import LocalPath
 
 
 @runtime_checkable
@@ -46,7 +47,7 @@ class TokenizerFile:
         beside the file or from the usual names.
     """
 
-    path: str
+    path: LocalPath
     end_of_text: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +103,13 @@ class TrainBPE:
         """Trains, or loads what an earlier call with the same corpus and settings trained."""
         key = cache_key({"format": 1, "corpus": corpus, "settings": asdict(self)})
         directory = cache / "tokenizers" / key
-        build_once(directory, lambda partial: self._train(texts()).save(partial))
+
+        def train(partial: Path) -> None:
+            tokenizer = self._train(texts())
+            with writing_to(partial):
+                tokenizer.save(partial)
+
+        build_once(directory, train)
         return Tokenizer.load(directory)
 
     def check(self, tokenizer: Tokenizer) -> None:

@@ -9,15 +9,13 @@ POSIX file system that all processes share.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -25,12 +23,11 @@ from typing import Any, Self
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from seqeff.checks import UserError, check_types, require
+from seqeff.checks import UserError, check_types, require, writing
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
 _SAVING, _DELETING = ".saving-", ".deleting-"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +76,7 @@ class CheckpointStore:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
         if config is not None and self._main:
-            with _disk_errors(self.directory):
+            with writing(f"checkpoint {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 for prefix in (_SAVING, _DELETING):
                     for unfinished in self.directory.glob(prefix + "*"):
@@ -129,7 +126,7 @@ class CheckpointStore:
         manifest = {"step": step, "metadata": metadata, "arrays": _describe(arrays)}
         json.dumps(manifest)
         target = self.directory / f"{_SAVING}{step}"
-        with _disk_errors(target):
+        with writing(f"checkpoint {target}"):
             if self._main:
                 target.mkdir()
             with _orbax():
@@ -183,7 +180,7 @@ class CheckpointStore:
         try:
             manifest = _read_manifest(path)
             _check_files(path, manifest["files"])
-        except _Damage as damage:
+        except (_Damage, OSError) as damage:
             raise UserError(
                 f"checkpoint {path} is damaged ({damage}); {_advice(step, steps)}"
             ) from None
@@ -211,7 +208,7 @@ class CheckpointStore:
         """Waits for Orbax, then makes the checkpoint complete; in the background."""
         assert self._config is not None
         try:
-            with _disk_errors(target):
+            with writing(f"checkpoint {target}"):
                 response.result()
                 if not self._main:
                     return
@@ -232,34 +229,13 @@ class CheckpointStore:
             return
         # renamed first: a checkpoint that is half deleted must not look complete
         doomed = self.directory / f"{_DELETING}{step}"
-        with _disk_errors(doomed):
+        with writing(f"checkpoint {doomed}"):
             (self.directory / str(step)).rename(doomed)
             shutil.rmtree(doomed)
 
 
 class _Damage(Exception):
     """What is wrong with a checkpoint's files."""
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns a failure to write, of Python's or of Orbax's, into a `UserError` with the path."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # TensorStore reports the system's error only in the text of its own
-        text = str(error)
-        reasons = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
-        if isinstance(error, OSError) and not reasons:
-            reasons = [error.strerror or text]
-        if not reasons:
-            raise
-        raise UserError(
-            f"cannot write checkpoint {path}: {reasons[0]}; free space there, make it writable, "
-            "or use another run directory"
-        ) from error
 
 
 def _orbax(partial: bool = False) -> ocp.Context:

@@ -30,7 +30,8 @@ class Train:
       evaluate_every: steps between validations; null: only after the last step.
       evaluation_batches: validation batches at most; null: all.
       sample_every: steps between printed samples; null: only after the last step.
-      sample_prompt, sample_tokens, sampling: of the printed samples.
+      sample_prompt, sample_tokens, sampling: of the printed samples; a prompt is cut at half of
+        `Data.sequence_length`.
       profile: first step and number of steps that the profiler records.
       expected_bits_per_byte: range that the last validation should fall into.
     """
@@ -100,7 +101,7 @@ class Train:
 
 MAY_CHANGE = frozenset(
     """checkpoints data.cache data.prefetch evaluate_every evaluation_batches
-    expected_bits_per_byte guard.limit guard.spike_factor log_every mesh profile sample_every
-    sample_prompt sample_tokens sampling steps tracker""".split()  # noqa: SIM905
+    expected_bits_per_byte guard.limit guard.share guard.spike_factor log_every mesh profile
+    sample_every sample_prompt sample_tokens sampling steps tracker""".split()  # noqa: SIM905
 )
 """Paths of the values of `Train` that a resumed run may set anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ _LEAST_DEVIATION = 0.01
 
 GuardState = dict[str, Array]
 """`losses` and `gradient_norms` [window], float32: those of the last accepted steps, the oldest
-overwritten; `accepted`, `skipped` and `in_a_row` (skipped since the last accepted step), int32."""
+overwritten; `skips` [window], bool: which of the last steps were skipped; `accepted`, `skipped` and
+`in_a_row` (skipped since the last accepted step), int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
-    """Which steps are skipped, and how many in a row end the run.
+    """Which steps are skipped, and how many skipped ones end the run.
 
     A step is skipped when its loss or gradient norm is not finite, or exceeds the mean of the last
     `window` accepted steps by more than `spike_factor` standard deviations. Spikes are looked for
@@ -29,13 +31,15 @@ class Guard:
 
     Attributes:
       spike_factor: None: only steps that are not finite are skipped.
-      window: accepted steps.
+      window: steps that spikes and the share of skipped steps are judged by.
       limit: skipped steps in a row that the run survives.
+      share: part of the last `window` steps that the run survives the skipping of.
     """
 
     spike_factor: float | None = 6.0
     window: int = 128
     limit: int = 20
+    share: float = 0.25
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -45,12 +49,14 @@ class Guard:
         )
         require(self.window >= 2, f"Guard.window = {self.window} must be at least 2")
         require(self.limit >= 0, f"Guard.limit = {self.limit} must not be negative")
+        require(0 <= self.share <= 1, f"Guard.share = {self.share} must be from 0 to 1")
 
     def init(self) -> GuardState:
         values, count = jnp.zeros(self.window, jnp.float32), jnp.zeros((), jnp.int32)
         return {
             "losses": values,
             "gradient_norms": values,
+            "skips": jnp.zeros(self.window, bool),
             "accepted": count,
             "skipped": count,
             "in_a_row": count,
@@ -71,24 +77,44 @@ class Guard:
             name: state[name].at[slot].set(jnp.where(accept, value, state[name][slot]))
             for name, value in seen.items()
         }
+        steps = state["accepted"] + state["skipped"]
         return accept, values | {
+            "skips": state["skips"].at[steps % self.window].set(~accept),
             "accepted": state["accepted"] + accept,
             "skipped": state["skipped"] + ~accept,
             "in_a_row": jnp.where(accept, 0, state["in_a_row"] + 1),
         }
 
-    def check(self, in_a_row: int, step: int) -> None:
-        """Ends the run when too many steps in a row were skipped.
+    def metrics(self, state: GuardState) -> dict[str, Array]:
+        """Skipped steps: all, those since the last accepted one, those of the last `window`."""
+        return {
+            "skipped": state["skipped"],
+            "skipped_in_a_row": state["in_a_row"],
+            "skipped_lately": jnp.sum(state["skips"], dtype=jnp.int32),
+        }
+
+    def check(self, metrics: Mapping[str, float], step: int) -> None:
+        """Ends the run when too many steps were skipped.
+
+        Args:
+          metrics: those of `metrics` after step number `step`, among any others.
 
         Raises:
-          UserError: more than `limit`.
+          UserError: more than `limit` in a row, or more than `share` of the last `window`.
         """
+        in_a_row, lately = int(metrics["skipped_in_a_row"]), int(metrics["skipped_lately"])
         if in_a_row > self.limit:
-            raise UserError(
-                f"{in_a_row} steps in a row up to step {step} were skipped because their loss or "
-                f"gradient was not finite or spiked (Guard.limit = {self.limit}); lower the "
-                "learning rate, lengthen the warm-up, or look at the data of these steps"
-            )
+            skipped, bound = f"{in_a_row} steps in a row", f"Guard.limit = {self.limit}"
+        elif lately > self.share * self.window:
+            skipped = f"{lately} of the last {self.window} steps"
+            bound = f"Guard.share = {self.share}"
+        else:
+            return
+        raise UserError(
+            f"{skipped} up to step {step} were skipped because their loss or gradient was not "
+            f"finite or spiked ({bound}); lower the learning rate, lengthen the warm-up, or look "
+            "at the data of these steps"
+        )
 
 
 def _spikes(values: jax.Array, value: jax.Array, factor: float) -> jax.Array:

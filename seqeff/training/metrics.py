@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import jax
 
-from seqeff.checks import UserError
+from seqeff.checks import UserError, writing
 
 # dense bfloat16 FLOP/s from the vendors' data sheets; the first name found in the device's kind
 _PEAK_FLOPS = (
@@ -68,19 +68,23 @@ class MetricsFile:
         """
         if self._stream is None:
             return
-        line = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
+        values = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
+        line = json.dumps(values, allow_nan=False).encode() + b"\n"
         with self._writing():
-            self._stream.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            # a disk that fills up takes a part, and refuses the rest
+            while line:
+                line = line[self._stream.write(line) :]
 
     def truncate_after(self, step: int) -> None:
-        """Removes the lines past a step, all at once, when a run resumes from there."""
+        """Removes the lines past a step, all at once, when a run resumes from there.
+
+        Raises:
+          UserError: a line is damaged, or the disk is full or not writable.
+        """
         if self._stream is None:
             return
-        kept = b"".join(
-            line
-            for line in self.path.read_bytes().splitlines(keepends=True)
-            if json.loads(line)["step"] <= step
-        )
+        lines = _parsed(self.path, self.path.read_bytes())
+        kept = b"".join(line for line, values in lines if values["step"] <= step)
         with self._writing():
             self._stream.close()
             partial = self.path.with_name(self.path.name + ".partial")
@@ -93,41 +97,43 @@ class MetricsFile:
 
     def close(self) -> None:
         if self._stream is not None:
-            self._stream.close()
+            with self._writing():
+                self._stream.close()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write metrics to {self.path}: {error.strerror}") from error
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(f"metrics to {self.path}")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without one that is still being written.
 
     Raises:
-      UserError: there is no such file, or a line of it is not JSON.
+      UserError: there is no such file, or a line of it is damaged.
     """
     try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read metrics from {path}: {error.strerror}") from error
-    read = []
+    return [
+        {
+            name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+        for _, values in _parsed(path, content)
+    ]
+
+
+def _parsed(path: str | Path, content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Every whole line, with its line break, and the values in it."""
+    *lines, _ = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            break
         try:
             values = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not a JSON object; remove it") from error
-        read.append(
-            {
-                name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-                for name, value in values.items()
-            }
-        )
-    return read
+        except ValueError:
+            values = None
+        if not (isinstance(values, dict) and isinstance(values.get("step"), int)):
+            raise UserError(f"{path}, line {number}: no metrics of a step; remove this line")
+        yield line + b"\n", values
 
 
 class Throughput:

@@ -13,7 +13,6 @@ from seqeff.training.config import Train
 from seqeff.training.program import (
     Program,
     abstract_batch,
-    check_devices,
     flops_per_token,
     prepare_backend,
 )
@@ -26,7 +25,6 @@ def describe(config: Train) -> str:
       UserError: whatever would stop the run before its first step.
     """
     prepare_backend(config)
-    check_devices(config)
     prepared = prepare(config.data)
     program = Program(config, prepared.tokenizer.vocabulary())
     flops = flops_per_token(program.model, prepared)

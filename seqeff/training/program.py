@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from seqeff.checks import UserError, require
+from seqeff.checks import require
 from seqeff.data import Batch, PreparedData, Tokenizer, prepare
 from seqeff.models import TransformerConfig
 from seqeff.models.flops import abstract_model, attended_entries, training_flops_per_token
@@ -30,10 +31,11 @@ class Program:
           vocabulary: decoded text of every token id.
 
         Raises:
-          ConfigError: the model, the tokenizer and the mesh do not fit each other.
+          ConfigError: the model, the tokenizer, the batch and the devices do not fit each other.
         """
-        self.mesh = config.mesh.make()
         self.model = model = run_model(config, vocabulary)
+        self.mesh = config.mesh.make()
+        _require_equal_parts(config.data.batch_size, self.mesh)
         abstract = abstract_model(model)
         self.graph, parameters = nnx.split(abstract)
         learning_rate = config.schedule.make(config.optimizer.learning_rate, config.steps)
@@ -64,6 +66,15 @@ class Program:
         )
 
 
+def _require_equal_parts(batch_size: int, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    require(
+        batch_size % parts == 0,
+        f"Data.batch_size = {batch_size} does not divide among the {parts} devices of "
+        "MeshConfig.data and fsdp",
+    )
+
+
 def run_model(config: Train, vocabulary: Sequence[str]) -> TransformerConfig:
     """The config's model, knowing its vocabulary and whether the run is deterministic."""
     model = config.model.for_vocabulary(vocabulary)
@@ -80,36 +91,19 @@ def prepare_backend(config: Train) -> None:
     config.mesh.initialise_distributed()
 
 
-def check_devices(config: Train) -> None:
-    """Raises a ConfigError if the mesh or the batch does not divide among the devices."""
-    mesh = config.mesh.make()
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    require(
-        config.data.batch_size % parts == 0,
-        f"Data.batch_size = {config.data.batch_size} does not divide among the {parts} devices of "
-        "MeshConfig.data and fsdp",
-    )
-
-
 def prepare_for(config: Train, run: RunDirectory) -> PreparedData:
     """The data; for a run that was begun, with its own tokenizer, and checked to be the same."""
     if not run.exists():
         return prepare(config.data)
-    try:
-        fingerprint = json.loads(run.data.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {run.data}: {error}; the run is damaged") from error
-    return prepare(config.data, Tokenizer.load(run.tokenizer), fingerprint)
+    return prepare(config.data, Tokenizer.load(run.tokenizer), run.data_fingerprint())
 
 
 def keep_data(prepared: PreparedData, run: RunDirectory) -> None:
     """Writes the tokenizer and the documents' fingerprint to a run that is about to begin."""
-    try:
+    with run.writing():
         run.tokenizer.mkdir(exist_ok=True)
         prepared.tokenizer.save(run.tokenizer)
         write_atomically(run.data, json.dumps(prepared.fingerprint, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the run directory {run.path}: {error}") from error
 
 
 def flops_per_token(model: TransformerConfig, prepared: PreparedData) -> float:

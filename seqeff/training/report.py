@@ -73,7 +73,7 @@ class Report:
                     **device_memory(jax.local_devices()[0]),
                 },
             )
-        self._config.guard.check(int(values["skipped_in_a_row"]), step)
+        self._config.guard.check(values, step)
 
     def validation(self, step: int, state: State, record: bool = True) -> Perplexity | None:
         """Scores the held-out documents and reports it."""
@@ -110,7 +110,8 @@ class Report:
             config.sampling,
             tokenizer.end_of_text,
         )
-        text = config.sample_prompt + "".join(decode_stream(tokenizer, ids))
+        # what the model saw: a long prompt is cut
+        text = tokenizer.decode(prompt) + "".join(decode_stream(tokenizer, ids))
         if record:
             if jax.process_index() == 0:
                 self._run.add_sample(step, text)

@@ -118,8 +118,7 @@ def make_step(
             {"parameters": parameters, "optimizer": optimizer_state},
             {"parameters": state["parameters"], "optimizer": state["optimizer"]},
         )
-        metrics["skipped"] = guard_state["skipped"]
-        metrics["skipped_in_a_row"] = guard_state["in_a_row"]
+        metrics |= guard.metrics(guard_state)
         return {"step": state["step"] + 1, "guard": guard_state, **kept}, metrics
 
     return step

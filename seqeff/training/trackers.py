@@ -13,7 +13,8 @@ from urllib.parse import urlparse
 
 import jax
 
-from seqeff.checks import UserError, check_types, require
+from seqeff.checks import UserError, check_types, require, writing
+from seqeff.runs import write_atomically
 
 _ID_FILE = "wandb_id"
 Mode = Literal["online", "offline", "disabled"]
@@ -79,7 +80,8 @@ class Wandb:
         """See `TrackerConfig`. Processes other than 0 send nothing.
 
         Raises:
-          UserError: wandb is not installed, or refuses, or is asked to go online without a key.
+          UserError: wandb is not installed, or refuses, or is asked to go online without a key; or
+            the run directory cannot be written.
         """
         if jax.process_index() != 0:
             return NoTracker()
@@ -92,25 +94,26 @@ class Wandb:
             ) from error
         mode = self._mode()
         swept = "WANDB_SWEEP_ID" in os.environ
-        try:
-            run = wandb.init(
-                dir=run_directory,
-                id=None if swept else _run_id(run_directory),
-                project=None if swept else self.project,
-                entity=None if swept else self.entity,
-                name=self.name or run_directory.name,
-                group=self.group,
-                tags=self.tags,
-                config=dict(config),
-                mode=mode,
-                resume="allow",
-                # capturing the terminal would garble the progress bar
-                settings=wandb.Settings(console="off"),
-            )
-        except wandb.Error as error:
-            raise UserError(f"wandb: {error}; WANDB_MODE=offline trains without it") from error
-        if mode != "disabled":
-            (run_directory / _ID_FILE).write_text(run.id + "\n")
+        with writing(f"wandb's files to {run_directory}"):
+            try:
+                run = wandb.init(
+                    dir=run_directory,
+                    id=None if swept else _run_id(run_directory),
+                    project=None if swept else self.project,
+                    entity=None if swept else self.entity,
+                    name=self.name or run_directory.name,
+                    group=self.group,
+                    tags=self.tags,
+                    config=dict(config),
+                    mode=mode,
+                    resume="allow",
+                    # capturing the terminal would garble the progress bar
+                    settings=wandb.Settings(console="off"),
+                )
+            except wandb.Error as error:
+                raise UserError(f"wandb: {error}; WANDB_MODE=offline trains without it") from error
+            if mode != "disabled":
+                write_atomically(run_directory / _ID_FILE, f"{run.id}\n")
         return _WandbRun(run)
 
     def _mode(self) -> Mode:

@@ -18,13 +18,8 @@ from seqeff.runs import Origin, RunDirectory
 from seqeff.training.checkpoints import CheckpointStore
 from seqeff.training.config import Train
 from seqeff.training.metrics import MetricsFile, Throughput
-from seqeff.training.program import (
-    Program,
-    check_devices,
-    keep_data,
-    prepare_backend,
-    prepare_for,
-)
+from seqeff.training.profiler import Profiler
+from seqeff.training.program import Program, keep_data, prepare_backend, prepare_for
 from seqeff.training.progress import Progress
 from seqeff.training.report import Report
 from seqeff.training.step import State
@@ -56,7 +51,6 @@ def train(
     """
     with ExitStack() as stack:
         prepare_backend(config)
-        check_devices(config)
         prepared = prepare_for(config, run)
         program = Program(config, prepared.tokenizer.vocabulary())
         stack.enter_context(jax.set_mesh(program.mesh))
@@ -94,7 +88,7 @@ def train(
                 prefetch=config.data.prefetch,
             )
         )
-        profiler = stack.enter_context(_Profiler(config.profile, run))
+        profiler = stack.enter_context(Profiler(config.profile, run.profile))
         throughput = Throughput()
         outcome = Outcome(first, False)
         waiting: tuple[int, dict[str, jax.Array]] | None = None
@@ -129,34 +123,6 @@ def train(
             if stop:
                 break
     return outcome
-
-
-class _Profiler:
-    """Records the steps that the config asks for, in the run directory."""
-
-    def __init__(self, window: tuple[int, int] | None, run: RunDirectory) -> None:
-        self._first, count = window or (-1, 0)
-        self._end = self._first + count
-        self._directory = str(run.profile)
-        self._recording = False
-
-    def __enter__(self) -> _Profiler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._recording:
-            jax.profiler.stop_trace()
-
-    def before(self, step: int, state: State) -> None:
-        """Starts or ends the recording once all earlier steps are done."""
-        if step == self._first:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(self._directory)
-            self._recording = True
-        elif step == self._end and self._recording:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            self._recording = False
 
 
 def _begin(

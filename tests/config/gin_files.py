@@ -60,6 +60,7 @@ TRAINING = """
     import dataclasses
     from lab.models import Model
     from seqeff.checks import check_types
+    from seqeff.paths import LocalPath, LocalPathOrName, LocalPattern
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class AdamW:
@@ -76,6 +77,13 @@ TRAINING = """
         weight: float = 1.0
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Corpus:
+        patterns: tuple[LocalPattern, ...] = ()
+        file: LocalPath | None = None
+        dataset: LocalPathOrName = ""
+        notes: LocalPath = "notes.txt"
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
     class Wandb:
         project: str = "seqeff"
 
@@ -90,6 +98,7 @@ TRAINING = """
         shape: tuple[int, ...] = (1, 2)
         limits: dict[str, float] = dataclasses.field(default_factory=dict)
         tracker: Wandb | None = None
+        corpus: Corpus | None = None
         def __post_init__(self):
             check_types(self)
 """

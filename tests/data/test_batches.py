@@ -136,6 +136,25 @@ def test_hosts_hold_contiguous_parts_of_one_batch(make_store):
         batches(0, 0, 4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
+        ({"sequence_length": -1}, "sequence_length = -1 must be at least 1"),
+        ({"packing": "hole"}, "packing = 'hole' must be one of split, whole"),
+        ({"stores": []}, "at least one store"),
+        ({"weights": [1.0, 2.0]}, r"weights = \[1.0, 2.0\] for 1 stores; give one weight a store"),
+    ],
+)
+def test_values_that_cannot_be(make_store, changes, message):
+    arguments = {"stores": [make_store([5])], "sequence_length": 4, "batch_size": 2} | changes
+    with pytest.raises(ConfigError, match=message):
+        Batches(**arguments, seed=0)
+    if "weights" not in changes:
+        with pytest.raises(ConfigError, match=message):
+            EvaluationBatches(**arguments)
+
+
 @pytest.mark.parametrize("packing", ["split", "whole"])
 @pytest.mark.parametrize("stores", [1, 3])
 def test_batches_depend_on_seed_and_step_alone(make_store, packing, stores):

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 
 from seqeff.bench.data import benchmark_batches
 from seqeff.checks import ConfigError, UserError
-from seqeff.data import Data, JsonlFiles, Mixture, TextFiles, TokenizerFile, TrainBPE, prepare
+from seqeff.data import (
+    Data,
+    JsonlFiles,
+    Mixture,
+    TextFiles,
+    TokenizerFile,
+    TrainBPE,
+    prepare,
+    prepare_validation,
+)
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat,", "naïve.\n"]
 
@@ -74,6 +86,46 @@ def test_validation_may_have_its_own_source(tmp_path):
     assert validation_text(prepared) == "".join(d.text for d in validation.documents())
     assert prepared.train_stores[0].part.documents == 9
     assert prepare(config(tmp_path, source, holdout=0.0)).validation is None
+
+
+def test_validation_alone_needs_no_training_documents(tmp_path):
+    source, validation = corpus(tmp_path / "train", 9), corpus(tmp_path / "validation", 3, seed=1)
+    data = config(tmp_path, source, validation=validation)
+    prepared = prepare(data)
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(prepared.train_stores[0].directory)
+    alone = prepare_validation(data, prepared.tokenizer, prepared.fingerprint)
+    assert_same_batches(alone, prepared.validation)
+    (tmp_path / "validation" / "000.txt").write_text("something else")
+    with pytest.raises(UserError, match="the validation documents differ from those that"):
+        prepare_validation(data, prepared.tokenizer, prepared.fingerprint)
+
+
+def test_held_out_documents_alone_are_opened(tmp_path):
+    data = config(tmp_path, corpus(tmp_path / "text", 20))
+    prepared = prepare(data)
+    shutil.rmtree(prepared.train_stores[0].directory)
+    alone = prepare_validation(data, prepared.tokenizer, prepared.fingerprint)
+    assert_same_batches(alone, prepared.validation)
+    other = TrainBPE(vocabulary_size=270)
+    with pytest.raises(UserError, match="cannot have made the tokenizer of the run"):
+        prepare_validation(
+            dataclasses.replace(data, tokenizer=other), prepared.tokenizer, prepared.fingerprint
+        )
+
+
+def test_without_held_out_documents_nothing_is_read(tmp_path):
+    data = config(tmp_path, corpus(tmp_path / "text", 20), holdout=0.0)
+    prepared = prepare(data)
+    shutil.rmtree(tmp_path / "text")
+    assert prepare_validation(data, prepared.tokenizer, prepared.fingerprint) is None
+
+
+def assert_same_batches(found, expected):
+    assert len(found) == len(expected) > 0
+    for step in range(len(expected)):
+        for one, other in zip(found(step), expected(step), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_mixtures_are_prepared_source_by_source(tmp_path):

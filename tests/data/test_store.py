@@ -188,7 +188,8 @@ def test_concurrent_builders_share_one_build(tmp_path, counting_source, tokenize
 @pytest.mark.parametrize("holdout", [1e-9, 0.2, 0.999999])
 def test_the_holdout_parts_the_documents_by_content(tmp_path, counting_source, tokenizer, holdout):
     texts = [f"document {index % 150}" for index in range(300)]
-    train, validation = build_store(counting_source(texts), tokenizer, tmp_path, holdout)
+    stores = build_store(counting_source(texts), tokenizer, tmp_path, holdout)
+    train, validation = stores.train, stores.validation
     parts = [texts_of(train, tokenizer), texts_of(validation, tokenizer)]
     assert sorted(parts[0] + parts[1]) == sorted(texts)
     assert set(parts[0]).isdisjoint(parts[1])

@@ -135,9 +135,13 @@ def test_generate_prints_the_prompt_and_goes_on(finished):
             ["--prompt", "a", "--top-k", "0"],
             "argument --top-k: '0' is not a whole number of at least 1",
         ),
-        (["--prompt", "a", "--checkpoint", "7"], "no checkpoint of step 7; it has 20, 24"),
         (["--prompt", "\udcff"], "the prompt is not valid text"),
     ],
 )
-def test_what_cannot_be_generated(finished, options, expected):
+def test_what_cannot_be_generated(finished, no_devices, options, expected):
     assert expected in refused("generate", finished, *options)
+
+
+def test_a_checkpoint_that_does_not_exist(finished):
+    line = refused("generate", finished, "--prompt", "a", "--checkpoint", 7)
+    assert "no checkpoint of step 7; it has 20, 24" in line

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from seqeff.checks import ConfigError, UserError
+from seqeff.training import checkpoints
 from seqeff.training.checkpoints import Checkpoints, CheckpointStore
 from seqeff.training.mesh import MeshConfig
 
@@ -209,6 +210,23 @@ def test_damage_to_any_file_is_named(tmp_path: Path, damage: Any) -> None:
         os.truncate(tmp_path / "3" / "manifest.json", 9)
         with pytest.raises(UserError, match="no earlier one is kept"):
             store.restore(3, abstract(state))
+
+
+def test_a_file_that_cannot_be_read_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"weights": jnp.arange(63.0)}
+
+    def fail(file: Path) -> int:
+        raise OSError(5, os.strerror(5), str(file))
+
+    with CheckpointStore(tmp_path, KEEP_ALL) as store:
+        store.save(3, state, {})
+        store.save(4, state, {})
+        store.wait()
+        monkeypatch.setattr(checkpoints, "_crc32", fail)
+        with pytest.raises(UserError, match=r"4 is damaged .*Input/output .*add --checkpoint 3"):
+            store.restore(None, state)
 
 
 # kills itself: while Orbax writes, before the rename, after it, and while an old one is deleted

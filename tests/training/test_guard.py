@@ -71,10 +71,35 @@ def test_a_skipped_step_leaves_the_statistics() -> None:
     np.testing.assert_array_equal(after["losses"], [4.0, 2.0, 3.0])
 
 
-def test_too_many_end_the_run() -> None:
-    Guard(limit=3).check(3, 100)
+def test_skipped_steps_are_counted_over_the_window() -> None:
+    guard = Guard(spike_factor=None, window=7)
+    skips = np.random.default_rng(0).random(63) < 0.4
+    state = guard.init()
+    judge = jax.jit(guard.judge)
+    for step, skip in enumerate(skips):
+        _, state = judge(state, jnp.float32(jnp.nan if skip else 1.0), jnp.float32(1.0))
+        past = skips[: step + 1].tolist()
+        assert guard.metrics(state) == {
+            "skipped": sum(past),
+            "skipped_in_a_row": [*past[::-1], False].index(False),
+            "skipped_lately": sum(past[-7:]),
+        }
+
+
+def test_too_many_in_a_row_end_the_run() -> None:
+    guard = Guard(limit=3)
+    guard.check({"skipped_in_a_row": 3, "skipped_lately": 3}, 100)
     with pytest.raises(UserError, match=r"4 steps in a row up to step 100 .*Guard.limit = 3"):
-        Guard(limit=3).check(4, 100)
+        guard.check({"skipped_in_a_row": 4, "skipped_lately": 4}, 100)
+
+
+def test_too_large_a_share_ends_the_run() -> None:
+    guard = Guard(window=40, share=0.1)
+    guard.check({"skipped_in_a_row": 0, "skipped_lately": 4, "loss": float("nan")}, 7)
+    message = r"5 of the last 40 steps up to step 900 .*Guard.share = 0.1\); lower the learning"
+    with pytest.raises(UserError, match=message):
+        guard.check({"skipped_in_a_row": 1, "skipped_lately": 5}, 900)
+    Guard(share=1.0).check({"skipped_in_a_row": 0, "skipped_lately": 128}, 900)
 
 
 def test_bad_values() -> None:
@@ -82,3 +107,6 @@ def test_bad_values() -> None:
         Guard(window=1)
     with pytest.raises(ConfigError, match=r"Guard.spike_factor = 0"):
         Guard(spike_factor=0.0)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=rf"Guard.share = {share} must be from 0 to 1"):
+            Guard(share=share)

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +68,35 @@ def test_a_file_of_only_a_cut_off_line(tmp_path: Path) -> None:
     path.write_text('{"step": 1')
     MetricsFile(path).close()
     assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 2, "lo{"step": 3}', b"\xff\x00", b'{"st\rep', b"3", b'{"loss": 1.0}', b""]
+)
+def test_a_damaged_line_is_named_and_nothing_is_lost(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n' + damage + b'\n{"step": 4}\n'
+    path.write_bytes(content + b'{"step": 5, "lo')
+    metrics = MetricsFile(path)
+    for read in (lambda: metrics.truncate_after(9), lambda: read_metrics(path)):
+        with pytest.raises(UserError, match=rf"{path}, line 2: .*remove this line"):
+            read()
+    metrics.close()
+    assert path.read_bytes() == content
+
+
+def test_a_disk_that_fills_up_within_a_line_is_a_user_error(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write metrics to .*: File too large"):
+            metrics.write(1, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    metrics.close()
+    MetricsFile(metrics.path).close()
+    assert metrics.path.read_bytes() == b""
 
 
 def test_bad_files_are_user_errors(tmp_path: Path) -> None:

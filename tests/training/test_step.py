@@ -14,7 +14,7 @@ from seqeff.checks import ConfigError
 from seqeff.data import Batch
 from seqeff.training.checkpoints import Checkpoints, CheckpointStore
 from seqeff.training.mesh import MeshConfig
-from seqeff.training.program import Program, check_devices
+from seqeff.training.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -165,4 +165,4 @@ def test_a_refused_step_changes_only_the_counts(alone):
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 1, "fsdp": 5}])
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(config, sizes):
     with pytest.raises(ConfigError, match=r"Data\.batch_size = 8 does not divide among the \d"):
-        check_devices(with_mesh(config, **sizes))
+        Program(with_mesh(config, **sizes), WORDS)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -97,6 +98,25 @@ def test_without_wandb_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         Wandb().start(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("part", ["init", "id"])
+def test_a_full_disk_is_a_user_error(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    if part == "init":
+        monkeypatch.setattr(wandb, "init", full)
+    else:
+        monkeypatch.setattr(wandb, "init", lambda **_: SimpleNamespace(id="a"))
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=rf"cannot write wandb's files to {tmp_path}: No space"):
+        Wandb().start(tmp_path, CONFIG)
+    assert os.listdir(tmp_path) == []
 
 
 def test_other_processes_send_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

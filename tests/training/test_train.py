@@ -17,6 +17,7 @@ from tiny_run import (
     write_json_lines,
 )
 
+from seqeff.data import Tokenizer
 from seqeff.runs import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -128,6 +129,18 @@ def test_the_terminal_says_how_it_went_and_what_to_type_next(bounds, verdict, ti
     assert "parameters" in result.errors
 
 
+def test_a_long_sample_prompt_is_shown_as_the_model_saw_it(tiny, copied):
+    prompt = "the cat sat on a mat and the dog ran to the big red house. " * 4
+    result = tiny.train(copied, f"--gin.Train.sample_prompt={prompt!r}")
+    assert result.status == 0, result.errors
+    tokenizer = Tokenizer.load(copied / "tokenizer")
+    seen = tokenizer.decode(tokenizer.encode(prompt)[:15])
+    assert 0 < len(seen) < len(prompt) / 2
+    shown = result.output.lstrip("\n").split("\n\n")[0]
+    assert shown.startswith(seen)
+    assert len(tokenizer.encode(shown)) <= 15 + 8
+
+
 @pytest.fixture(scope="module")
 def poisoned(tiny):
     lines = POISON.splitlines()
@@ -170,6 +183,22 @@ def test_too_many_skipped_steps_end_the_run(skipping, tiny, poisoned, tmp_path):
     written = steps_of(tmp_path / "run")
     assert written == steps_of(skipping)[: len(written)]
     assert written[-1]["step"] == end
+
+
+def test_too_large_a_share_of_skipped_steps_ends_the_run_also_a_resumed_one(
+    skipping, tiny, poisoned, tmp_path
+):
+    ends = [line["step"] for line in steps_of(skipping) if np.isnan(line.get("loss", 0))]
+    arguments = (
+        *("train", poisoned, "--run-dir", tmp_path / "run"),
+        *("--gin.Train.guard=@Guard()", f"--gin.Guard.share={(len(ends) - 1) / 128}"),
+    )
+    # it goes on from a checkpoint after some of the skipped steps
+    assert ends[0] < ends[-1] // SAVE_EVERY * SAVE_EVERY
+    for _ in range(2):
+        line = refused(*arguments)
+        assert f"{len(ends)} of the last 128 steps up to step {ends[-1]} were skipped" in line
+        assert steps_of(tmp_path / "run")[-1]["step"] == ends[-1]
 
 
 MUON = """
