@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from seqeff.checks import UserError, flatten, writing
+from seqeff.checks import UserError, flatten
 
 if TYPE_CHECKING:
     from seqeff import training
@@ -106,7 +106,19 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("configs", nargs="+", type=Path, help="gin files, one row each")
     steps.add_argument("--steps", type=_positive, default=20, help="timed steps (default: 20)")
     batches = command("data", _bench_data, "Batches of synthetic text.", among=kinds)
-    for benchmark in (steps, batches):
+    text = "Separator attention against cuDNN's dense causal one, on a GPU."
+    attention = command("attention", _bench_attention, text, among=kinds)
+    attention.add_argument(
+        "--window", nargs="+", type=_positive, default=[64], help="tokens (default: 64)"
+    )
+    attention.add_argument("--rivals", action="store_true", help="PyTorch too, where it is here")
+    text = "Decoding attention against the bandwidth of a GPU's memory."
+    decode = command("decode", _bench_decode, text, among=kinds)
+    for benchmark in (attention, decode):
+        text = "by name (default: those of experiments/attention_speed)"
+        benchmark.add_argument("shapes", nargs="*", metavar="SHAPE", help=text)
+        benchmark.add_argument("--commit", help="kept in the file (default: what git says)")
+    for benchmark in (steps, batches, attention, decode):
         benchmark.add_argument("--json", type=Path, help="write the results to this file")
     return parser
 
@@ -261,15 +273,24 @@ def _bench_data(options: argparse.Namespace, _: Sequence[str]) -> int:
     return _tell_speed("data", results, options.json)
 
 
+def _bench_attention(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff.bench.commands import attention
+
+    attention(options.shapes, options.window, options.rivals, options.json, options.commit)
+    return 0
+
+
+def _bench_decode(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff.bench.commands import decode
+
+    decode(options.shapes, options.json, options.commit)
+    return 0
+
+
 def _tell_speed(benchmark: str, results: Sequence[Mapping[str, Any]], file: Path | None) -> int:
-    import json
+    from seqeff.bench.report import write_report
 
-    if file is not None:
-        from seqeff.runs import versions, write_atomically
-
-        report = {"benchmark": benchmark, "versions": versions(), "results": results}
-        with writing(str(file), "or choose another --json"):
-            write_atomically(file, json.dumps(report, indent=2) + "\n")
+    write_report(file, benchmark, results)
     for row in results:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     return 0

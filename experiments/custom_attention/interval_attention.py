@@ -20,7 +20,6 @@ from seqeff_kernels.range_attention import (
     RangeSource,
     Source,
     TokenSource,
-    gather,
     pack,
 )
 
@@ -81,10 +80,11 @@ class IntervalAttention:
         rows: int,
     ) -> tuple[Source, Source]:
         kept = RangeSource(
-            gather(keys, plan.packed),
-            gather(values, plan.packed),
+            keys,
+            values,
             start=take_rows(plan.start, first_row, rows),
             end=take_rows(plan.end, first_row, rows),
+            packed=plan.packed,
         )
         recent = TokenSource(
             keys,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqeff_kernels import RangeSource, TokenSource, explain, range_attention
+from seqeff_kernels import RangeSource, TokenSource, explain, gpu, range_attention
 from seqeff_kernels.range_attention import cudnn, xla
 from seqeff_kernels.range_attention.shapes import Shape, tokens
 
@@ -48,7 +48,7 @@ def hopper(monkeypatch):
         calls.append(f"forward, window {sliding_window_length}")
         return fused(queries, keys, values)
 
-    monkeypatch.setattr(cudnn, "_compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "cuda_versions", object())
     monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (16,))
     monkeypatch.setattr(
@@ -123,7 +123,7 @@ def test_cudnn_needs_one_token_source_and_a_head_size_it_knows(arrays, hopper, m
         (264, (9, 0), False),
         (256, (8, 0), False),
     ):
-        monkeypatch.setattr(cudnn, "_compute_capability", lambda c=capability: c)
+        monkeypatch.setattr(gpu, "compute_capability", lambda c=capability: c)
         like = jax.ShapeDtypeStruct((1, 8, 2, head_dim), jnp.bfloat16)
         answer = explain(like, [TokenSource(like, like)])["cudnn"]
         assert (answer == "available") == serves
@@ -193,5 +193,5 @@ def test_what_does_not_fit_is_named(arrays, sources, message):
 
 def test_unknown_backend(arrays):
     queries, keys, values = arrays
-    with pytest.raises(ValueError, match="'triton' is unknown; give auto"):
-        range_attention(queries, [TokenSource(keys, values)], backend="triton")
+    with pytest.raises(ValueError, match="'flash' is unknown; give auto"):
+        range_attention(queries, [TokenSource(keys, values)], backend="flash")

@@ -8,12 +8,20 @@ from typing import Literal
 from jax import Array
 from jaxtyping import Float
 
-from seqeff_kernels.range_attention import cudnn, reference, xla
+from seqeff_kernels.range_attention import cudnn, mosaic, reference, triton, xla
 from seqeff_kernels.range_attention.sources import Source
 
-Backend = Literal["auto", "reference", "xla", "cudnn"]
+Backend = Literal["auto", "reference", "xla", "cudnn", "mosaic", "triton"]
 
-_BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
+_BACKENDS = {
+    "reference": reference,
+    "xla": xla,
+    "cudnn": cudnn,
+    "mosaic": mosaic,
+    "triton": triton,
+}
+# those of GPUs, the fastest first
+_KERNELS = (cudnn, mosaic, triton)
 
 
 def range_attention(
@@ -39,7 +47,7 @@ def range_attention(
     Args:
       queries: heads are a multiple of the sources' KV heads; heads of one KV head are adjacent.
       sources: one or more, all of the queries' head_dim and of one number of KV heads.
-      scale: of the scores; None: `head_dim ** -0.5`.
+      scale: of the scores, positive; None: `head_dim ** -0.5`.
       backend: `auto` takes a GPU kernel only for what it is tested on, else the portable form.
 
     Returns:
@@ -50,8 +58,12 @@ def range_attention(
     """
     sources = tuple(sources)
     _check(queries, sources)
+    factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not factor > 0:
+        raise ValueError(f"scale is {scale}; give a positive number, or None")
     if backend == "auto":
-        chosen = xla if cudnn.obstacle(queries, sources) or not cudnn.tested(queries) else cudnn
+        fit = (kernel for kernel in _KERNELS if kernel.obstacle(queries, sources) is None)
+        chosen = next((kernel for kernel in fit if kernel.tested(queries)), xla)
     elif backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     else:
@@ -59,7 +71,6 @@ def range_attention(
         obstacle = chosen.obstacle(queries, sources)
         if obstacle:
             raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
-    factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
     return chosen.attend(queries, sources, factor)
 
 

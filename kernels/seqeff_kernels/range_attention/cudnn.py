@@ -17,6 +17,7 @@ from jax._src.lib import cuda_versions
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
+from seqeff_kernels import gpu
 from seqeff_kernels.range_attention import xla
 from seqeff_kernels.range_attention.sources import Source, TokenSource
 
@@ -27,7 +28,7 @@ TESTED_CAPABILITIES = ((9, 0),)
 
 def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
     """Why this backend cannot serve, or None."""
-    capability = _compute_capability()
+    capability = gpu.compute_capability()
     if capability is None:
         return f"it needs a CUDA device; the default backend is {jax.default_backend()}"
     if cuda_versions is None:
@@ -53,7 +54,7 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
 
 def tested(queries: Array) -> bool:
     """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
-    return queries.shape[-1] in TESTED_HEAD_DIMS and _compute_capability() in TESTED_CAPABILITIES
+    return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
 def attend(
@@ -117,12 +118,3 @@ def _attend_backward(scale, window, saved, gradients):
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
-
-
-def _compute_capability() -> tuple[int, int] | None:
-    """Of the default device; None where it is not an NVIDIA GPU."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
-        return None
-    major, minor = device.compute_capability.split(".")
-    return int(major), int(minor)

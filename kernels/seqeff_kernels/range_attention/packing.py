@@ -72,13 +72,20 @@ def _gather_forward(array: Array, packed: PackedIndices) -> tuple[Array, Array]:
 
 
 def _gather_backward(count: Array, gradient: Array) -> tuple[Array, None]:
-    chosen = jnp.diff(count, axis=1, prepend=0) > 0
-    entry = jnp.clip(count - 1, 0, gradient.shape[1] - 1)
-    chosen = chosen.reshape(*chosen.shape, *(1,) * (gradient.ndim - 2))
-    return jnp.where(chosen, _take(gradient, entry), 0), None
+    return ungather(gradient, count), None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def ungather(
+    entries: Shaped[Array, "batch capacity *features"], count: Int[Array, "batch length"]
+) -> Shaped[Array, "batch length *features"]:
+    """The transpose of `gather`: each chosen token's entry, and 0 for the other tokens."""
+    chosen = jnp.diff(count, axis=1, prepend=0) > 0
+    entry = jnp.clip(count - 1, 0, entries.shape[1] - 1)
+    chosen = chosen.reshape(*chosen.shape, *(1,) * (entries.ndim - 2))
+    return jnp.where(chosen, _take(entries, entry), 0)
 
 
 def _take(array: Array, indices: Array) -> Array:

@@ -23,16 +23,16 @@ def attend(
     kv_heads = sources[0].keys.shape[2]
     all_scores, all_masks, all_values = [], [], []
     for source in sources:
-        own = queries if source.queries is None else source.queries
+        own, keys, values, start, end = source.listed(rows)
+        own = queries if own is None else own
         grouped = own.astype(jnp.float32).reshape(batch, rows, kv_heads, -1, head_dim)
-        start, end = source.bounds(rows)
-        entry = jnp.arange(source.keys.shape[1])
+        entry = jnp.arange(keys.shape[1])
         mask = (entry >= start[..., None]) & (entry < end[..., None])
         mask = jnp.broadcast_to(mask, (batch, kv_heads, rows, entry.size))
         # entries outside all ranges may be NaN, and 0 * NaN is NaN
         attended = jnp.swapaxes(mask.any(2), 1, 2)[..., None]
-        keys = jnp.where(attended, source.keys.astype(jnp.float32), 0)
-        values = jnp.where(attended, source.values.astype(jnp.float32), 0)
+        keys = jnp.where(attended, keys.astype(jnp.float32), 0)
+        values = jnp.where(attended, values.astype(jnp.float32), 0)
         scores = jnp.einsum("brkgd,bekd->bkgre", grouped, keys, precision="highest")
         all_scores.append(scores * scale)
         all_masks.append(mask[:, :, None])

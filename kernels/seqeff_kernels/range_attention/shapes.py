@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, DTypeLike, Float, Int
 
-from seqeff_kernels.range_attention.packing import gather, pack
+from seqeff_kernels.range_attention.packing import pack
 from seqeff_kernels.range_attention.sources import RangeSource, TokenSource
 
 
@@ -87,6 +87,6 @@ def separator_sources(
     else:
         start = jnp.take_along_axis(counts, document_start, axis=1)
     return (
-        RangeSource(gather(keys, packed), gather(values, packed), start, end),
+        RangeSource(keys, values, start, end, packed=packed),
         TokenSource(keys, values, document_start, window),
     )

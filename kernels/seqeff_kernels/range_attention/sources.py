@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+
+from seqeff_kernels.range_attention.packing import PackedIndices, gather
+
+
+class ListedSource(NamedTuple):
+    """A source with its bounds listed, for the backends."""
+
+    queries: Float[Array, "batch rows heads head_dim"] | None
+    keys: Float[Array, "batch entries kv_heads head_dim"]
+    values: Float[Array, "batch entries kv_heads head_dim"]
+    start: Int[Array, "batch_or_1 kv_heads_or_1 rows"]
+    end: Int[Array, "batch_or_1 kv_heads_or_1 rows"]
 
 
 @jax.tree_util.register_dataclass
@@ -17,17 +30,27 @@ class RangeSource:
     """Entries in a chosen order; row i attends the entries `[start_i, end_i)`.
 
     Neither bound may decrease along the rows; `end_i <= start_i` is an empty range. Bounds are
-    given per row of the batch, or per row and KV head. `queries` replaces the call's queries for
-    this source, such as queries rotated by other positions.
+    given per row of the batch, or per row and KV head. Entries that lie in no row's range may hold
+    anything, NaN included.
 
-    Entries that lie in no row's range may hold anything, NaN included.
+    Attributes:
+      queries: replaces the call's queries for this source, such as queries rotated by other
+        positions.
+      packed: where given, keys and values are those of all tokens, and the entries are the chosen
+        ones, as `gather` takes them. A backend may then gather on the way, which costs less.
     """
 
-    keys: Float[Array, "batch entries kv_heads head_dim"]
-    values: Float[Array, "batch entries kv_heads head_dim"]
+    keys: Float[Array, "batch entries_or_tokens kv_heads head_dim"]
+    values: Float[Array, "batch entries_or_tokens kv_heads head_dim"]
     start: Int[Array, "batch rows"] | Int[Array, "batch kv_heads rows"]
     end: Int[Array, "batch rows"] | Int[Array, "batch kv_heads rows"]
     queries: Float[Array, "batch rows heads head_dim"] | None = None
+    packed: PackedIndices | None = None
+
+    @property
+    def entries(self) -> int:
+        """How many entries there are, attended or not."""
+        return self.keys.shape[1] if self.packed is None else self.packed.indices.shape[1]
 
     def attends_every_entry(self, rows: int) -> bool:
         """Whether shapes alone say that each entry lies in the range of one of `rows` rows."""
@@ -42,10 +65,21 @@ class RangeSource:
         start, end = (b[:, None] if b.ndim == 2 else b for b in (self.start, self.end))
         return _clip(start, self), _clip(end, self)
 
+    def listed(self, rows: int) -> ListedSource:
+        """The source with the bounds of `rows` rows listed."""
+        keys, values = self.keys, self.values
+        if self.packed is not None:
+            keys, values = gather(keys, self.packed), gather(values, self.packed)
+        return ListedSource(self.queries, keys, values, *self.bounds(rows))
+
     def check(self, queries: Float[Array, "batch rows heads head_dim"], name: str) -> None:
         """Raises ValueError, naming the source, if one of its shapes does not fit `queries`."""
         _check_entries(self, queries, name)
         batch, rows = queries.shape[:2]
+        if self.packed is not None:
+            indices, count = self.packed
+            _check_integers(indices, ((batch, indices.shape[-1]),), f"{name}.packed.indices")
+            _check_integers(count, (self.keys.shape[:2],), f"{name}.packed.count")
         shapes = ((batch, rows), (batch, self.keys.shape[2], rows))
         for field in ("start", "end"):
             _check_integers(getattr(self, field), shapes, f"{name}.{field}")
@@ -76,6 +110,11 @@ class TokenSource:
     queries: Float[Array, "batch rows heads head_dim"] | None = None
 
     @property
+    def entries(self) -> int:
+        """How many tokens there are."""
+        return self.keys.shape[1]
+
+    @property
     def begins_at_first_token(self) -> bool:
         """Whether row 0 is token 0, known while tracing."""
         offset = self.row_offset
@@ -84,11 +123,7 @@ class TokenSource:
     def attends_every_entry(self, rows: int) -> bool:
         """Whether shapes alone say that each entry lies in the range of one of `rows` rows."""
         # left padding has document_start > t, which leaves entries that no row attends
-        return (
-            self.begins_at_first_token
-            and self.document_start is None
-            and rows == self.keys.shape[1]
-        )
+        return self.begins_at_first_token and self.document_start is None and rows == self.entries
 
     def bounds(
         self, rows: int
@@ -101,6 +136,10 @@ class TokenSource:
             start = jnp.maximum(start, self.document_start[:, None])
         return _clip(start, self), _clip(token + 1, self)
 
+    def listed(self, rows: int) -> ListedSource:
+        """The source with the bounds of `rows` rows listed."""
+        return ListedSource(self.queries, self.keys, self.values, *self.bounds(rows))
+
     def check(self, queries: Float[Array, "batch rows heads head_dim"], name: str) -> None:
         """Raises ValueError, naming the source, if one of its shapes does not fit `queries`."""
         _check_entries(self, queries, name)
@@ -112,9 +151,9 @@ class TokenSource:
         if self.row_offset is not None:
             offset = jnp.asarray(self.row_offset)
             _check_integers(offset, ((), (batch,)), f"{name}.row_offset")
-        elif rows > self.keys.shape[1]:
+        elif rows > self.entries:
             raise ValueError(
-                f"{name} has {self.keys.shape[1]} tokens for {rows} rows; "
+                f"{name} has {self.entries} tokens for {rows} rows; "
                 "without row_offset every row is one of the tokens"
             )
 
@@ -123,7 +162,7 @@ Source = RangeSource | TokenSource
 
 
 def _clip(bound: Array, source: Source) -> Array:
-    return jnp.clip(bound, 0, source.keys.shape[1]).astype(jnp.int32)
+    return jnp.clip(bound, 0, source.entries).astype(jnp.int32)
 
 
 def _check_integers(array: Array, shapes: tuple[tuple[int, ...], ...], name: str) -> None:
@@ -146,7 +185,7 @@ def _check_entries(source: Source, queries: Array, name: str) -> None:
             f"{name}.keys has shape {source.keys.shape}; the queries' batch is {batch} and their "
             f"head_dim {head_dim}"
         )
-    if source.keys.shape[1] == 0:
+    if source.entries == 0:
         raise ValueError(f"{name} has no entries; leave the source out")
     if heads % source.keys.shape[2]:
         raise ValueError(

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from seqeff_kernels.range_attention.cost import tile_bounds, tile_range
-from seqeff_kernels.range_attention.sources import Source
+from seqeff_kernels.range_attention.sources import ListedSource, Source
 
 # finite, so that the difference of two of them is 0 and not NaN
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -36,10 +36,7 @@ def attend(
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
     """See `range_attention`."""
     rows = queries.shape[1]
-    entries = tuple(
-        _Entries(source.queries, source.keys, source.values, *source.bounds(rows))
-        for source in sources
-    )
+    entries = tuple(source.listed(rows) for source in sources)
     clean = tuple(source.attends_every_entry(rows) for source in sources)
     return cast(tuple[Array, Array], _attend(queries, entries, scale, clean))
 
@@ -53,7 +50,7 @@ def gradients(
 ) -> tuple[Array, Array, Array]:
     """Gradients of queries, keys and values, for another backend's outputs with `source` alone."""
     rows = queries.shape[1]
-    entries = _Entries(None, source.keys, source.values, *source.bounds(rows))
+    entries = source.listed(rows)._replace(queries=None)
     clean = (source.attends_every_entry(rows),)
     queries_gradient, ((_, keys_gradient, values_gradient),) = _backward(
         queries, (entries,), outputs, output_gradients, scale, clean
@@ -72,16 +69,6 @@ def tile_sizes(rows: int, entries: int) -> tuple[int, int]:
     return tile_rows, min(entries, max(side, min(16 * side, side * side // tile_rows)))
 
 
-class _Entries(NamedTuple):
-    """A source with its bounds listed."""
-
-    queries: Float[Array, "batch rows heads head_dim"] | None
-    keys: Float[Array, "batch entries kv_heads head_dim"]
-    values: Float[Array, "batch entries kv_heads head_dim"]
-    start: Int[Array, "batch_or_1 kv_heads_or_1 rows"]
-    end: Int[Array, "batch_or_1 kv_heads_or_1 rows"]
-
-
 class _RowTiles(NamedTuple):
     """A source's queries and bounds, and the entry tiles to visit, by tile of rows."""
 
@@ -94,7 +81,7 @@ class _RowTiles(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _attend(
-    queries: Array, sources: tuple[_Entries, ...], scale: float, clean: tuple[bool, ...]
+    queries: Array, sources: tuple[ListedSource, ...], scale: float, clean: tuple[bool, ...]
 ) -> tuple[Array, Array]:
     return _forward(queries, sources, scale, clean)
 
@@ -121,7 +108,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(
-    queries: Array, sources: tuple[_Entries, ...], scale: float, clean: tuple[bool, ...]
+    queries: Array, sources: tuple[ListedSource, ...], scale: float, clean: tuple[bool, ...]
 ) -> tuple[Array, Array]:
     rows, heads = queries.shape[1:3]
     kv_heads = sources[0].keys.shape[2]
@@ -171,7 +158,7 @@ def _visit(queries, source, tile, scale, is_clean, index, carry):
 
 def _backward(
     queries: Array,
-    sources: tuple[_Entries, ...],
+    sources: tuple[ListedSource, ...],
     outputs: tuple[Array, Array],
     output_gradients: tuple[Array, Array],
     scale: float,
@@ -263,7 +250,7 @@ def _visit_backward(
     )
 
 
-def _row_tiles(source: _Entries, tile_rows: int) -> _RowTiles:
+def _row_tiles(source: ListedSource, tile_rows: int) -> _RowTiles:
     kv_heads = source.keys.shape[2]
     tile_entries = tile_sizes(source.start.shape[-1], source.keys.shape[1])[1]
     first, last = tile_range(source.start, source.end, tile_rows, tile_entries)
@@ -273,7 +260,7 @@ def _row_tiles(source: _Entries, tile_rows: int) -> _RowTiles:
 
 
 def _mask(
-    source: _Entries, tile: _RowTiles, index: Array
+    source: ListedSource, tile: _RowTiles, index: Array
 ) -> tuple[Array, Bool[Array, "batch_or_1 kv_heads_or_1 tile_rows tile_entries"]]:
     """Where entry tile `index` begins, and which of its entries each row attends."""
     entries = source.keys.shape[1]

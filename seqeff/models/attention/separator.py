@@ -17,7 +17,6 @@ from seqeff_kernels.range_attention import (
     RangeSource,
     Source,
     TokenSource,
-    gather,
     pack,
 )
 
@@ -147,10 +146,11 @@ class SeparatorAttention:
         rows: int,
     ) -> tuple[Source, Source]:
         memory = RangeSource(
-            gather(keys, plan.packed),
-            gather(values, plan.packed),
+            keys,
+            values,
             start=take_rows(plan.start, first_row, rows),
             end=take_rows(plan.end, first_row, rows),
+            packed=plan.packed,
         )
         recent = TokenSource(
             keys,

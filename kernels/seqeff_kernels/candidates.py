@@ -1,0 +1,121 @@
+"""The plans that `seqeff_kernels.tune` tries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from seqeff_kernels.decode_attention.plan import MAXIMUM_SPLITS, Plan
+from seqeff_kernels.range_attention.triton import Tiles
+
+
+class Step(NamedTuple):
+    """Changes to the best plan so far, compared by the time of one pass.
+
+    Attributes:
+      timed: the pass; `training` is forward and backward.
+      changes: fields and their new values; no change at all is always compared too.
+    """
+
+    timed: str
+    changes: Sequence[Mapping[str, Any]]
+
+
+MOSAIC_STEPS = (
+    Step(
+        "forward",
+        (
+            {"take_turns": False},
+            {"stages": 3},
+            {"window_entries": 128},
+            {"block_entries": 64, "stages": 4},
+            {"block_entries": 64, "stages": 5, "take_turns": False},
+            {"workers": 3, "block_entries": 64, "stages": 3},
+            {"workers": 3, "block_entries": 64, "stages": 4},
+            {"workers": 3, "block_entries": 64, "stages": 5},
+        ),
+    ),
+    Step(
+        "training",
+        (
+            {"backward_stages": 1},
+            {"backward_stages": 3},
+            # the passes share the number of workers
+            {"workers": 2, "block_entries": 128, "window_entries": 64, "stages": 2},
+            {"workers": 3, "block_entries": 64, "window_entries": 64, "stages": 4},
+        ),
+    ),
+)
+
+
+def _triton_step(timed: str, kernel: str, *tiles: tuple[int, int, int, int, bool]) -> Step:
+    return Step(timed, [{kernel: Tiles(*sizes)} for sizes in tiles])
+
+
+# rows, entries, warps, stages, a loop of their own for full tiles
+TRITON_STEPS = (
+    _triton_step(
+        "forward",
+        "forward",
+        (64, 64, 4, 3, True),
+        (64, 64, 4, 3, False),
+        (64, 64, 4, 2, False),
+        (64, 32, 4, 3, False),
+        (64, 32, 4, 4, False),
+        (128, 64, 8, 3, True),
+        (128, 64, 8, 3, False),
+        (128, 64, 8, 2, False),
+    ),
+    _triton_step(
+        "training",
+        "queries_gradient",
+        (64, 64, 4, 3, True),
+        (64, 64, 4, 2, False),
+        (64, 32, 4, 3, False),
+        (64, 32, 4, 4, False),
+        (128, 64, 8, 3, False),
+    ),
+    _triton_step(
+        "training",
+        "packed_gradient",
+        (32, 64, 4, 3, True),
+        (32, 64, 4, 3, False),
+        (64, 64, 4, 2, True),
+        (64, 64, 4, 2, False),
+        (64, 128, 8, 3, True),
+    ),
+    _triton_step(
+        "training",
+        "entries_gradient",
+        (32, 64, 4, 2, True),
+        (32, 64, 4, 3, False),
+        (64, 64, 4, 2, True),
+        (64, 64, 4, 2, False),
+    ),
+)
+
+# entries of a tile, warps, stages
+_DECODE_TILES = (
+    (16, 4, 4),
+    (32, 4, 3),
+    (32, 4, 5),
+    (32, 8, 4),
+    (64, 2, 4),
+    (64, 4, 3),
+    (64, 4, 4),
+    (64, 8, 3),
+    (128, 4, 3),
+    (128, 8, 3),
+)
+_SPLITS = (0.25, 0.5, 0.75, 1.5, 2, 4)
+
+
+def decode_steps(start: Plan) -> tuple[Step, ...]:
+    """Tiles first, then how many programs share the entries of a KV head."""
+    tiles = [
+        {"tile_entries": entries, "num_warps": warps, "num_stages": stages}
+        for entries, warps, stages in _DECODE_TILES
+    ]
+    splits = {max(1, round(start.splits * factor)) for factor in _SPLITS}
+    fitting = sorted(count for count in splits if count <= MAXIMUM_SPLITS)
+    return Step("call", tiles), Step("call", [{"splits": count} for count in fitting])

@@ -1,0 +1,98 @@
+"""The public operation and the choice of its backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+from jax import Array, custom_jvp
+from jaxtyping import Float
+
+from seqeff_kernels.decode_attention import reference, triton, xla
+from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries, check
+
+Backend = Literal["auto", "reference", "xla", "triton"]
+
+_BACKENDS = {"reference": reference, "xla": xla, "triton": triton}
+
+
+def decode_attention(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: Sequence[CacheBlock],
+    *,
+    new: NewEntries | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
+    """Attends, in one softmax, the filled entries of the blocks and the rows' own entries.
+
+    With `S_i` what row i attends: the entries `[0, filled)` of every block and the new entries
+    `[0, i]`, `q` its query (the block's own where it brings one) and `s_e = scale * q . k_e`:
+
+        logsumexp_i = log sum_{e in S_i} exp(s_e)
+        output_i = sum_{e in S_i} exp(s_e - logsumexp_i) v_e
+
+    A row that attends nothing gives output 0 and logsumexp -inf. Scores, softmax and logsumexp
+    are float32; the weights are cast to the values' dtype for the second product. The batch's
+    results do not depend on each other, bit for bit. There is no gradient.
+
+    Args:
+      queries: of the newest tokens; heads are a multiple of the blocks' KV heads, and heads of
+        one KV head are adjacent.
+      blocks: one or more, all of the queries' head_dim and of one number of KV heads.
+      new: keys and values of the query rows themselves, causal among each other; None where the
+        blocks hold them already.
+      scale: of the scores; None: `head_dim ** -0.5`.
+      backend: `auto` takes the GPU kernel only for what it is tested on, else the portable form.
+
+    Returns:
+      output, of the queries' dtype, and logsumexp, float32.
+
+    Raises:
+      ValueError: a shape does not fit, or the backend asked for cannot serve; says why.
+      NotImplementedError: a gradient is taken.
+    """
+    blocks = tuple(blocks)
+    check(queries, blocks, new)
+    if backend == "auto":
+        obstacle = triton.obstacle(queries, blocks, new)
+        chosen = xla if obstacle or not triton.tested(queries) else triton
+    elif backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
+    else:
+        chosen = _BACKENDS[backend]
+        obstacle = chosen.obstacle(queries, blocks, new)
+        if obstacle:
+            raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
+    factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _attend(chosen.attend, factor, queries, blocks, new)
+
+
+def explain(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: Sequence[CacheBlock],
+    *,
+    new: NewEntries | None = None,
+) -> dict[str, str]:
+    """For every backend, 'available' or why it cannot serve this attention here.
+
+    Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
+    """
+    blocks = tuple(blocks)
+    check(queries, blocks, new)
+    return {
+        name: backend.obstacle(queries, blocks, new) or "available"
+        for name, backend in _BACKENDS.items()
+    }
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(0, 1))
+def _attend(attend, scale, queries, blocks, new):
+    return attend(queries, blocks, new, scale)
+
+
+@_attend.defjvp
+def _no_gradient(attend, scale, primals, tangents):
+    del attend, scale, primals, tangents
+    raise NotImplementedError("decode_attention has no gradient; range_attention has one")

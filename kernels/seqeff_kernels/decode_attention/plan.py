@@ -1,0 +1,83 @@
+"""How the Triton kernel cuts a call into programs, from static shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAXIMUM_SPLITS = 256
+
+# of an H200: multiprocessors, and the bytes of shared memory of each
+_PROCESSORS = 132
+_SHARED_MEMORY = 227 * 1024
+_SCRATCH = 8 * 1024
+# points from which on Triton multiplies by wgmma
+_WIDE_POINTS = 64
+# of one tile of keys: two programs share a multiprocessor, each with two tiles on their way
+_TILE_BYTES = 16 * 1024
+# of the entries of a split: hides a program's start and end, and evens out the last wave
+_SPLIT_BYTES = 256 * 1024
+# of the bytes of the entries, that partial outputs may cost, written and read
+_PARTIAL_SHARE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The sizes of a launch.
+
+    Attributes:
+      tile_entries: entries that a program takes at once, a power of two.
+      splits: programs that share the entries of one KV head of one row of the batch.
+      num_warps: of a program.
+      num_stages: of the pipeline of tiles.
+    """
+
+    tile_entries: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def plan(
+    *, batch: int, kv_heads: int, points: int, head_dim: int, entries: int, itemsize: int
+) -> Plan:
+    """The plan where nothing is tuned.
+
+    Args:
+      points: query rows times the heads of one KV head, which share its entries.
+      entries: the capacities of all blocks, and the new entries.
+      itemsize: bytes of an element of the keys.
+    """
+    row_bytes = power_of_two(head_dim) * itemsize
+    wide = query_tile(points) >= _WIDE_POINTS
+    tile = max(64 if wide else 16, min(128, _TILE_BYTES // row_bytes))
+    tile = min(tile, max(16, power_of_two(entries)))
+    if wide:
+        warps, stages = (8 if row_bytes >= 512 else 4), 3
+        shared = (2 * stages * tile + query_tile(points)) * row_bytes
+    else:
+        warps, stages = 4, 4
+        shared = 2 * (stages - 1) * tile * row_bytes + _SCRATCH
+    resident = max(1, _SHARED_MEMORY // shared)
+
+    programs = batch * kv_heads * -(-points // query_tile(points))
+    read = 2 * entries * head_dim * itemsize
+    partial = 2 * points * head_dim * 4
+    fill = _PROCESSORS * resident // programs
+    even = min(read // _SPLIT_BYTES, int(_PARTIAL_SHARE * read / partial))
+    most = min(MAXIMUM_SPLITS, -(-entries // (2 * tile)))
+    return Plan(
+        tile_entries=tile,
+        splits=max(1, min(max(fill, even), most)),
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def query_tile(points: int) -> int:
+    """Points in a program's tile: all of a KV head up to 64, and at least a tensor core's 16."""
+    return max(16, min(64, power_of_two(points)))
+
+
+def power_of_two(count: int) -> int:
+    """The smallest one that is not below `count`."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,86 @@
+"""What the default device is, and how a Triton kernel is called on it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array
+
+TESTED_TRITON = "3.6"
+TESTED_JAX_TRITON = "0.3.1"
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the default device; None where it is not an NVIDIA GPU."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return None
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def partition_obstacle() -> str | None:
+    """Why a kernel cannot serve arrays that XLA splits over the mesh in use, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names):
+        return None
+    return f"XLA cannot split it over a mesh of {mesh.size} devices; call it under jax.shard_map"
+
+
+def triton_obstacle() -> str | None:
+    """Why Triton kernels cannot run here, or None."""
+    capability = compute_capability()
+    if capability is None:
+        return f"it needs a CUDA device; the default backend is {jax.default_backend()}"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+    return partition_obstacle() or _missing_packages()
+
+
+@functools.cache
+def _missing_packages() -> str | None:
+    for name in ("triton", "jax_triton"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed; pip install 'seqeff[gpu]' brings the tested versions"
+    found = importlib.metadata.version("jax-triton")
+    if found != TESTED_JAX_TRITON:
+        return f"it is tested with jax-triton {TESTED_JAX_TRITON}, not {found}"
+    found = importlib.metadata.version("triton")
+    if not found.startswith(TESTED_TRITON + "."):
+        return f"it is tested with triton {TESTED_TRITON}, not {found}"
+    return None
+
+
+def triton_call(
+    kernel: Any,
+    inputs: Sequence[Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    aliases: dict[int, int] | None = None,
+    **constants: Any,
+) -> list[Array]:
+    """Runs a `triton.jit` kernel, whose parameters are inputs, outputs and constants, in order.
+
+    Args:
+      aliases: input to output: the output begins as the input's contents, in its memory.
+    """
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        out_shape=list(outputs),
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        input_output_aliases=aliases,
+        **constants,
+    )

@@ -1,0 +1,172 @@
+"""Mosaic GPU kernels for Hopper: tensor cores fed by the bulk copy engine.
+
+A program has compute workers (warpgroups), each with its own block of rows (or of entries, for
+the gradients of keys and values), and one worker that copies the tiles they share into a ring of
+stages in shared memory. Which tiles a block visits, and which of them need a mask, is read from
+a table that XLA makes from the bounds. Every sum is taken in one order: results are deterministic.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
+
+from seqeff_kernels import gpu, tuning
+from seqeff_kernels.range_attention.mosaic.tiles import Plan, Tiles
+from seqeff_kernels.range_attention.operands import (
+    Operand,
+    Static,
+    gathered,
+    operands,
+    token_gradients,
+)
+from seqeff_kernels.range_attention.sources import ListedSource, Source
+
+HEAD_DIMS = (64, 128)
+_OLDEST_JAX = (0, 11)
+_MOST_SOURCES = 3
+# head sizes and devices on which experiments/gpu_checks/attention.py has passed: none yet
+TESTED_HEAD_DIMS: tuple[int, ...] = ()
+TESTED_CAPABILITIES = ((9, 0),)
+# of lines that the copy engine's tiles are made of
+_LINES = 8
+
+
+def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
+    """Why this backend cannot serve, or None."""
+    if jax.__version_info__ < _OLDEST_JAX:
+        return f"it needs jax 0.11 or newer, not {jax.__version__}"
+    arrays = [queries, *(x for s in sources for x in (s.keys, s.values, s.queries))]
+    dtypes = {jnp.dtype(x.dtype).name for x in arrays if x is not None}
+    if dtypes not in ({"bfloat16"}, {"float16"}):
+        return f"it needs bfloat16 or float16 throughout, not {' and '.join(sorted(dtypes))}"
+    if queries.shape[-1] not in HEAD_DIMS:
+        return f"head_dim {queries.shape[-1]} is not one of {HEAD_DIMS}"
+    if len(sources) > _MOST_SOURCES:
+        return f"it serves up to {_MOST_SOURCES} sources, not {len(sources)}"
+    capability = gpu.compute_capability()
+    if capability != (9, 0):
+        found = jax.default_backend() if capability is None else f"{capability[0]}.{capability[1]}"
+        return f"it needs an NVIDIA GPU of compute capability 9.0, not {found}"
+    return gpu.partition_obstacle()
+
+
+def tested(queries: Array) -> bool:
+    """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
+    return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
+
+
+def attend(
+    queries: Float[Array, "batch rows heads head_dim"],
+    sources: tuple[Source, ...],
+    scale: float,
+    tiles: Tiles | None = None,
+) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
+    """See `range_attention`; `tiles` replaces what the table lists, for tuning."""
+    rows = queries.shape[1]
+    distinct: list[Array] = []
+    which = []
+    for source in sources:
+        own = queries if source.queries is None else source.queries
+        same = [index for index, other in enumerate(distinct) if other is own]
+        which.append(same[0] if same else len(distinct))
+        if not same:
+            distinct.append(own)
+    made, static = operands(queries, sources)
+    plan = Plan(tuple(which), static, scale, tiles or _tuned(queries, sources))
+    output, logsumexp = cast(
+        tuple[Array, Array],
+        _attend(
+            tuple(_pad(own, 1) for own in distinct),
+            tuple(operand._replace(queries=None) for operand in made),
+            plan,
+        ),
+    )
+    return output[:, :rows], logsumexp[:, :rows]
+
+
+def _tuned(queries: Array, sources: tuple[Source, ...]) -> Tiles:
+    entry = tuning.choose("attention", "mosaic", tuning.attention_key(queries, sources))
+    return Tiles(**entry) if entry else Tiles()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attend(queries: tuple[Array, ...], made: tuple[Operand, ...], plan: Plan):
+    # importing Pallas takes a while, and it is needed on Hopper alone
+    from seqeff_kernels.range_attention.mosaic.forward import forward
+
+    return forward(queries, _sources(made, plan.static), plan)
+
+
+def _attend_forward(queries, made, plan):
+    # named so that a rematerialisation policy can keep them, and the backward alone runs again
+    outputs = checkpoint_name(_attend(queries, made, plan), "range_attention")
+    return outputs, (queries, made, outputs)
+
+
+def _attend_backward(plan, saved, gradients):
+    from seqeff_kernels.range_attention.mosaic.gradients import (
+        entries_gradient,
+        queries_gradient,
+        row_statistics,
+    )
+
+    queries, made, outputs = saved
+    plan = plan.for_gradients()
+    sources = _sources(made, plan.static)
+    statistics = row_statistics(outputs, gradients, plan)
+    entries_gradients = []
+    for source, operand, known, own in zip(sources, made, plan.static, plan.queries, strict=True):
+        keys, values = entries_gradient(
+            queries[own], source, statistics, plan, unvisited=operand.packed is None
+        )
+        entries_gradients.append((keys[:, : known.entries], values[:, : known.entries]))
+    return (
+        tuple(
+            queries_gradient(
+                own,
+                [s for s, q in zip(sources, plan.queries, strict=True) if q == i],
+                statistics,
+                plan,
+            )
+            for i, own in enumerate(queries)
+        ),
+        tuple(
+            # None: integers have no gradient
+            operand._replace(keys=keys, values=values, start=None, end=None, packed=None)
+            for operand, (keys, values) in zip(
+                made, token_gradients(made, plan.static, entries_gradients), strict=True
+            )
+        ),
+    )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _sources(made: tuple[Operand, ...], static: tuple[Static, ...]) -> list[ListedSource]:
+    """The sources as the copy engine takes them."""
+    return [
+        ListedSource(
+            None,
+            _pad(source.keys, 1),
+            _pad(source.values, 1),
+            _pad(source.start, 2, mode="edge"),
+            _pad(source.end, 2, mode="edge"),
+        )
+        for source in gathered(made, static, finite=True)
+    ]
+
+
+def _pad(array: Array, axis: int, mode: str = "constant") -> Array:
+    missing = -array.shape[axis] % _LINES
+    if not missing:
+        return array
+    widths = [(0, missing if index == axis else 0) for index in range(array.ndim)]
+    return jnp.pad(array, widths, mode=mode)

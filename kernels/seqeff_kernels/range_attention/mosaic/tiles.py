@@ -1,0 +1,66 @@
+"""How the Mosaic kernels cut their work."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from seqeff_kernels.range_attention.operands import Static
+
+BLOCK = 64  # rows of a tensor core product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How the kernels cut their work.
+
+    Attributes:
+      block_rows: rows of a compute worker, a multiple of 64.
+      workers: compute workers of a program, 1 to 3.
+      block_entries: entries of a tile.
+      window_entries: the same for sources with a window, whose tiles are mostly edges.
+      stages: tiles in shared memory.
+      take_turns: of two workers, one multiplies while the other takes its exponentials.
+      backward_workers: the same as `workers`, for the gradients.
+      backward_tile: entries of a tile for the gradient of the queries, and rows of one for those
+        of the keys and values.
+      backward_stages: the same as `stages`, for the gradients.
+    """
+
+    block_rows: int = BLOCK
+    workers: int = 2
+    block_entries: int = 128
+    window_entries: int = 64
+    stages: int = 2
+    take_turns: bool = True
+    backward_workers: int = 2
+    backward_tile: int = 64
+    backward_stages: int = 2
+
+    def entries(self, window: int | None) -> int:
+        """Entries of a forward tile of a source with or without a window."""
+        return self.block_entries if window is None else self.window_entries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known while tracing.
+
+    Attributes:
+      queries: which of the distinct queries each source takes.
+    """
+
+    queries: tuple[int, ...]
+    static: tuple[Static, ...]
+    scale: float
+    tiles: Tiles
+
+    def for_gradients(self) -> Plan:
+        """The plan whose workers are those of the gradients."""
+        tiles = dataclasses.replace(self.tiles, workers=self.tiles.backward_workers)
+        return dataclasses.replace(self, tiles=tiles)
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Entries of a forward tile of each source."""
+        return tuple(self.tiles.entries(known.window) for known in self.static)

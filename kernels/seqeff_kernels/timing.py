@@ -1,0 +1,99 @@
+"""Device time of JAX functions, without the host's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_PILOT = 2
+# of a loop, beside which the host's tenth of a millisecond to start it is nothing
+_SECONDS = 0.1
+_MOST_ITERATIONS = 10_000
+
+
+def device_time(
+    function: Callable[..., Any], *arguments: Any, iterations: int | None = None, repeats: int = 5
+) -> float:
+    """Seconds that one call of `function(*arguments)` takes on the device: see `device_times`."""
+    return statistics.median(
+        device_times(function, [arguments], iterations=iterations, repeats=repeats)
+    )
+
+
+def device_times(
+    function: Callable[..., Any],
+    sets: Sequence[tuple[Any, ...]],
+    *,
+    iterations: int | None = None,
+    repeats: int = 5,
+) -> list[float]:
+    """Seconds that one call of `function` takes on the device, once for every repeat.
+
+    Each repeat runs one jitted loop, whose every iteration calls the function on all sets of
+    arguments in turn. Together the sets should exceed the device's cache several times over.
+
+    Args:
+      function: from arrays, or pytrees of them, to a pytree of arrays.
+      sets: of positional arguments, all of the same shapes.
+      iterations: of the loop; None: enough that it takes a tenth of a second.
+      repeats: of the loop, after one to warm up.
+    """
+    sets = list(sets)
+    times = None
+    if iterations is None:
+        loop = compile_loop(function, sets, _PILOT)
+        times = _seconds(loop, sets, repeats=1)
+        enough = math.ceil(_SECONDS * _PILOT / times[0])
+        iterations = min(max(_PILOT, enough), _MOST_ITERATIONS)
+        times = _seconds(loop, sets, repeats) if iterations == _PILOT else None
+    if times is None:
+        times = _seconds(compile_loop(function, sets, iterations), sets, repeats)
+    return [seconds / (iterations * len(sets)) for seconds in times]
+
+
+def compile_loop(
+    function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], iterations: int
+) -> jax.stages.Compiled:
+    """A program that calls the function on every set, `iterations` times over.
+
+    Nothing is left out or done once for all iterations. A token goes through every barrier and
+    out of the loop: a barrier with an operand that nothing uses is cut down by XLA, and ties
+    nothing any more. The loop carries the outputs, so that no kernel has to read them; its length
+    is static, as the host would otherwise decide after each iteration whether another follows.
+    """
+
+    def loop(sets: list[tuple[Any, ...]]) -> tuple[list[Any], Any]:
+        def step(_: Any, carry: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+            token = carry[1]
+            outputs = []
+            for arguments in sets:
+                held, token = lax.optimization_barrier((arguments, token))
+                output, token = lax.optimization_barrier((function(*held), token))
+                outputs.append(output)
+            return outputs, token
+
+        empty = jax.tree.map(
+            lambda output: jnp.zeros(output.shape, output.dtype),
+            [jax.eval_shape(function, *arguments) for arguments in sets],
+        )
+        return lax.fori_loop(0, iterations, step, (empty, jnp.float32(0)))
+
+    return jax.jit(loop).lower(list(sets)).compile()
+
+
+def _seconds(loop: jax.stages.Compiled, sets: list[tuple[Any, ...]], repeats: int) -> list[float]:
+    """Of each whole loop, after one to warm up."""
+    jax.block_until_ready(loop(sets))
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(loop(sets))
+        times.append(time.perf_counter() - begin)
+    return times

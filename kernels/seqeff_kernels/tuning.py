@@ -1,0 +1,142 @@
+"""Plans that were measured to be best, by device and static shape.
+
+`seqeff_kernels.tune` finds them. `tuned/<kind of device>.json` maps an operation, a backend and a
+key to an entry: the fields of the backend's plan, and the milliseconds that it took.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+from seqeff_kernels.range_attention.sources import Source, TokenSource
+
+FOLDER = Path(__file__).with_name("tuned")
+
+
+def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
+    """The fields of the best plan for the default device, or None where no table lists the key.
+
+    A key that ends in a number of rows takes, where exactly its own is absent, the nearest listed
+    number by ratio, the smaller of two as near: what fits does not depend on the rows.
+
+    Args:
+      operation: `attention` or `decode`.
+      backend: as in `range_attention`.
+      key: of `attention_key` or `decode_key`.
+
+    Raises:
+      ValueError: the device's table is damaged.
+    """
+    entries = read(table_path(jax.devices()[0].device_kind))
+    listed = entries.get(operation, {}).get(backend, {})
+    nearest = _nearest(key, listed)
+    return None if nearest is None else dict(listed[nearest]["plan"])
+
+
+def attention_key(
+    queries: Float[Array, "batch rows heads head_dim"], sources: Sequence[Source]
+) -> str:
+    """The key of a call of `range_attention`; only shapes, dtypes and kinds of sources are read.
+
+    Rows and windows are rounded up to powers of two.
+    """
+    _, rows, heads, head_dim = queries.shape
+    group = heads // sources[0].keys.shape[2]
+    kinds = "+".join(map(_kind, sources))
+    return f"{queries.dtype} head_dim={head_dim} group={group} {kinds} rows={_power_of_two(rows)}"
+
+
+def decode_key(
+    *, dtype: str, head_dim: int, kv_heads: int, points: int, batch: int, entries: int
+) -> str:
+    """The key of a call of `decode_attention`.
+
+    Args:
+      points: query rows times the heads of one KV head.
+      batch: its product with the KV heads is rounded up to a power of two.
+      entries: of all blocks and the new ones; rounded up to a power of two.
+    """
+    lists = _power_of_two(batch * kv_heads)
+    return (
+        f"{dtype} head_dim={head_dim} kv_heads={kv_heads} points={points} lists={lists} "
+        f"entries={_power_of_two(entries)}"
+    )
+
+
+def table_path(device_kind: str) -> Path:
+    """The file of a kind of device."""
+    return FOLDER / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', device_kind)}.json"
+
+
+@functools.cache
+def read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Entries by operation, backend and key; none where there is no such file.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for operation in table.values():
+            for entries in operation.values():
+                for entry in entries.values():
+                    dict(entry["plan"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the table of tuned plans {path} is damaged: {error!r}") from error
+    return table
+
+
+def record(path: Path, operation: str, backend: str, key: str, entry: Mapping[str, Any]) -> None:
+    """Adds an entry to a file, or replaces the one there, atomically."""
+    read.cache_clear()
+    table = json.loads(json.dumps(read(path)))
+    table.setdefault(operation, {}).setdefault(backend, {})[key] = dict(entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    read.cache_clear()
+
+
+def _kind(source: Source) -> str:
+    if isinstance(source, TokenSource):
+        name = "causal" if source.window is None else f"window{_power_of_two(source.window)}"
+    else:
+        name = "range" if source.packed is None else "packed"
+    # each further array of queries takes room that a plan has to leave
+    return name if source.queries is None else f"{name}(own queries)"
+
+
+def _nearest(key: str, listed: Mapping[str, Any]) -> str | None:
+    if key in listed:
+        return key
+    shared, found, rows = key.partition(" rows=")
+    if not found:
+        return None
+    candidates = {
+        int(other.removeprefix(f"{shared} rows=")): other
+        for other in listed
+        if other.startswith(f"{shared} rows=")
+    }
+    if not candidates:
+        return None
+    distance = {count: abs(math.log2(count / int(rows))) for count in candidates}
+    return candidates[min(candidates, key=lambda count: (distance[count], count))]
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest one that is not below `count`."""
+    return 1 << (count - 1).bit_length()

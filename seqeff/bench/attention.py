@@ -1,0 +1,251 @@
+"""Time of separator attention, forward and with all gradients, against cuDNN's dense causal one."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from seqeff.bench import torch_attention
+from seqeff.bench.report import attempt, chosen_shapes
+from seqeff_kernels.range_attention import (
+    Cost,
+    PackedIndices,
+    RangeSource,
+    TokenSource,
+    cost,
+    explain,
+    range_attention,
+)
+from seqeff_kernels.range_attention.shapes import SHAPES, Shape, separator_sources, tokens
+from seqeff_kernels.timing import device_times
+
+DEFAULT_SHAPES = ("wide-2k", "wide-8k", "wide-32k", "wide-128k")
+DEFAULT_WINDOWS = (64,)
+# the indices of packed tokens are built once a step, for all layers
+INDEX_LAYERS = 12
+BASELINE = "cudnn dense"
+_BACKENDS = ("mosaic", "triton")
+_TILE = 128
+_DTYPE = jnp.bfloat16
+# queries, keys and values of all sets: over four times an H200's L2 cache
+_ROTATED_BYTES = 1 << 28
+
+Indices = tuple[PackedIndices, Int[Array, "batch length"], Int[Array, "batch length"]]
+
+
+def benchmark_attention(
+    names: Sequence[str] = (), windows: Sequence[int] = DEFAULT_WINDOWS, *, rivals: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yields one row for each shape, window and implementation, as they are measured.
+
+    A row has the fields of its shape, `implementation`, `window` (None: dense), `deterministic`
+    (None: not known), needed and executed FLOPs (tiles of 128 by 128), and under `forward` and
+    `forward_and_backward` the median, fastest and slowest milliseconds over the repeats, the
+    speed-up over cuDNN and the TFLOP/s of needed FLOPs. Times with a window hold the gather of
+    the packed tokens, its transpose, and a twelfth of `index_milliseconds`. An implementation
+    that fails has `error` instead.
+
+    Args:
+      names: of `seqeff_kernels.range_attention.shapes.SHAPES`; none: the wide ones.
+      windows: tokens; each is measured with every shape.
+      rivals: measure PyTorch too; `prepare_rivals` comes before the first use of a device.
+    """
+    chosen = chosen_shapes(names, SHAPES, DEFAULT_SHAPES)
+    baselines: dict[str, dict[str, Any]] = {}
+    costs: dict[tuple[str, int | None], Cost] = {}
+    for name in chosen:
+        shape = SHAPES[name]
+        inputs = _inputs(shape)
+        costs[name, None] = _dense_cost(shape)
+        found = attempt(_measure, _cudnn, inputs)
+        baselines[name] = found
+        yield _row(name, None, BASELINE, False, found, found, costs[name, None])
+        for window in windows:
+            yield from _rows(name, shape, window, inputs, found, costs)
+    if rivals:
+        for name in chosen:
+            for found in torch_attention.run(SHAPES[name], windows):
+                window = found.pop("window")
+                label, mode = found.pop("implementation"), found.pop("deterministic")
+                spent = costs[name, window]
+                yield _row(name, window, label, mode, found, baselines[name], spent)
+
+
+def _rows(
+    name: str,
+    shape: Shape,
+    window: int,
+    inputs: list[tuple[Array, ...]],
+    baseline: dict[str, Any],
+    costs: dict[tuple[str, int | None], Cost],
+) -> Iterator[dict[str, Any]]:
+    index = functools.partial(jax.jit(_indices, static_argnums=1), window=window)
+    masks = [(chosen,) for *_, chosen in inputs]
+    index_times = device_times(index, masks)
+    sets = [(*arrays, index(chosen)) for *arrays, chosen in inputs]
+    queries, keys, values, _, indices = sets[0]
+    sources = _sources(keys, values, indices, window)
+    costs[name, window] = cost(queries, sources, tile_rows=_TILE, tile_entries=_TILE)
+    answers = explain(queries, sources)
+    available = [backend for backend in _BACKENDS if answers.get(backend) == "available"]
+    for backend in (*available, "auto"):
+        attend = functools.partial(_separators, window=window, backend=backend)
+        found = attempt(_measure, attend, sets, index_times)
+        yield _row(name, window, backend, True, found, baseline, costs[name, window])
+
+
+def _inputs(shape: Shape) -> list[tuple[Array, ...]]:
+    """Sets of queries, keys, values, the output's cotangent, and which tokens are packed."""
+    entries = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    size = shape.batch * shape.length * entries * jnp.dtype(_DTYPE).itemsize
+    sets = []
+    for seed in range(math.ceil(_ROTATED_BYTES / size)):
+        *arrays, chosen = jax.jit(tokens, static_argnums=(0, 1, 2))(shape, seed, _DTYPE)
+        key = jax.random.key(1000 + seed)
+        sets.append((*arrays, jax.random.normal(key, arrays[0].shape, _DTYPE), chosen))
+    return sets
+
+
+def _indices(chosen: Bool[Array, "batch length"], window: int) -> Indices:
+    unread = jnp.zeros((*chosen.shape, 1, 1), _DTYPE)
+    far, _ = separator_sources(unread, unread, chosen, window)
+    assert far.packed is not None
+    return far.packed, far.start, far.end
+
+
+def _sources(
+    keys: Array, values: Array, indices: Indices, window: int
+) -> tuple[RangeSource, TokenSource]:
+    packed, start, end = indices
+    far = RangeSource(keys, values, start, end, packed=packed)
+    return far, TokenSource(keys, values, window=window)
+
+
+def _separators(
+    queries: Array, keys: Array, values: Array, indices: Indices, *, window: int, backend: Any
+) -> Float[Array, "batch length heads head_dim"]:
+    sources = _sources(keys, values, indices, window)
+    return range_attention(queries, sources, backend=backend)[0]
+
+
+def _cudnn(
+    queries: Array, keys: Array, values: Array, _: Any
+) -> Float[Array, "batch length heads head_dim"]:
+    return jax.nn.dot_product_attention(
+        queries, keys, values, is_causal=True, implementation="cudnn"
+    )
+
+
+def _dense_cost(shape: Shape) -> Cost:
+    def array(heads: int) -> Any:
+        size = (shape.batch, shape.length, heads, shape.head_dim)
+        return jax.ShapeDtypeStruct(size, _DTYPE)
+
+    dense = TokenSource(array(shape.kv_heads), array(shape.kv_heads))
+    return cost(array(shape.heads), [dense], tile_rows=_TILE, tile_entries=_TILE)
+
+
+def _measure(
+    attend: Callable[..., Array],
+    sets: list[tuple[Any, ...]],
+    index_times: Sequence[float] = (),
+) -> dict[str, Any]:
+    """Times of `attend(queries, keys, values, extra)`; sets hold the cotangent before `extra`."""
+
+    def forward(queries: Array, keys: Array, values: Array, _: Array, extra: Any) -> Array:
+        return attend(queries, keys, values, extra)
+
+    def both(queries: Array, keys: Array, values: Array, cotangent: Array, extra: Any) -> Any:
+        output, pull = jax.vjp(lambda *arrays: attend(*arrays, extra), queries, keys, values)
+        return output, pull(cotangent)
+
+    index = statistics.median(index_times) if index_times else 0.0
+    found: dict[str, Any] = {
+        "forward": _summary(device_times(forward, sets), index),
+        "forward_and_backward": _summary(device_times(both, sets), index),
+    }
+    if index_times:
+        found["index_milliseconds"] = round(1e3 * index, 4)
+    return found
+
+
+def _summary(times: Sequence[float], index: float) -> dict[str, Any]:
+    shared = index / INDEX_LAYERS
+    return {
+        "milliseconds": round(1e3 * (statistics.median(times) + shared), 4),
+        "fastest_milliseconds": round(1e3 * (min(times) + shared), 4),
+        "slowest_milliseconds": round(1e3 * (max(times) + shared), 4),
+        "repeats": len(times),
+    }
+
+
+def _row(
+    name: str,
+    window: int | None,
+    implementation: str,
+    deterministic: bool | None,
+    found: dict[str, Any],
+    baseline: dict[str, Any],
+    spent: Cost,
+) -> dict[str, Any]:
+    shape = SHAPES[name]
+    row = {
+        "shape": name,
+        "window": window,
+        "implementation": implementation,
+        "deterministic": deterministic,
+        "batch": shape.batch,
+        "length": shape.length,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "density": shape.density,
+        "initial": shape.initial,
+        "dtype": jnp.dtype(_DTYPE).name,
+        "needed_forward_flops": spent.forward_flops,
+        "executed_forward_flops": spent.executed_forward_flops,
+        "needed_backward_flops": spent.backward_flops,
+        "executed_backward_flops": spent.executed_backward_flops,
+    }
+    needed = {
+        "forward": spent.forward_flops,
+        "forward_and_backward": spent.forward_flops + spent.backward_flops,
+    }
+    for key, value in found.items():
+        if key not in needed:
+            row[key] = value
+            continue
+        seconds = 1e-3 * value["milliseconds"]
+        speedup = baseline[key]["milliseconds"] / value["milliseconds"] if key in baseline else None
+        row[key] = value | {
+            "speedup": None if speedup is None else round(speedup, 3),
+            "tflops_per_second": round(needed[key] / seconds / 1e12, 1),
+        }
+    return row
+
+
+HEADER = (
+    f"{'':16}{'':>7}  {'':14}{'forward':>27}{'forward and backward':>28}\n"
+    f"{'shape':16}{'window':>7}  {'implementation':14}"
+    f"{'ms':>9}{'speed-up':>9}{'TFLOP/s':>9} {'ms':>9}{'speed-up':>9}{'TFLOP/s':>9}  deterministic"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row under `HEADER`; speed-ups are over cuDNN's dense causal attention."""
+    text = f"{row['shape']:16}{row['window'] or '':>7}  {row['implementation']:14}"
+    if "error" in row:
+        return f"{text}  {row['error']}"
+    for key in ("forward", "forward_and_backward"):
+        found = row[key]
+        speedup = "" if found["speedup"] is None else f"{found['speedup']:.2f}"
+        text += f"{found['milliseconds']:9.3f}{speedup:>9}{found['tflops_per_second']:9.0f} "
+    return text + {True: " yes", False: " no", None: " not known"}[row["deterministic"]]

@@ -1,0 +1,62 @@
+"""`seqeff bench attention` and `decode`: a row at a time to the terminal and to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from seqeff.bench import attention as attention_bench
+from seqeff.bench import decode as decode_bench
+from seqeff.bench.report import chosen_shapes, prepare_rivals, require_gpu, write_report
+
+
+def attention(
+    shapes: Sequence[str],
+    windows: Sequence[int],
+    rivals: bool,
+    file: Path | None,
+    commit: str | None,
+) -> None:
+    """Times separator attention; see `benchmark_attention`."""
+    names = chosen_shapes(shapes, attention_bench.SHAPES, attention_bench.DEFAULT_SHAPES)
+    if rivals:
+        prepare_rivals()
+    facts = {"device": require_gpu("attention")}
+    rows = attention_bench.benchmark_attention(names, windows, rivals=rivals)
+    print(attention_bench.HEADER, flush=True)
+    _tell("attention", rows, attention_bench.line, facts, file, commit)
+
+
+def decode(shapes: Sequence[str], file: Path | None, commit: str | None) -> None:
+    """Measures copies, then decoding; see `benchmark_decode`."""
+    names = chosen_shapes(shapes, decode_bench.SHAPES, decode_bench.DEFAULT_SHAPES)
+    device = require_gpu("decode")
+    copies = decode_bench.copy_speeds()
+    reference = decode_bench.reference_speed(copies, device["kind"])
+    facts = {
+        "device": device,
+        "copy_bytes_per_second": {way: round(speed) for way, speed in copies.items()},
+        "reference_bytes_per_second": round(reference),
+    }
+    for way, speed in copies.items():
+        print(f"copy ({way.replace('_', ' ')}) {speed / 1e12:.2f} TB/s")
+    print(f"shares are of {reference / 1e12:.2f} TB/s\n{decode_bench.HEADER}", flush=True)
+    rows = decode_bench.benchmark_decode(names, reference=reference)
+    _tell("decode", rows, decode_bench.line, facts, file, commit)
+
+
+def _tell(
+    benchmark: str,
+    rows: Iterable[Mapping[str, Any]],
+    line: Callable[[Any], str],
+    facts: Mapping[str, Any],
+    file: Path | None,
+    commit: str | None,
+) -> None:
+    """Prints and writes each row as it comes, so that a run that is cut short is not lost."""
+    results = []
+    for row in rows:
+        results.append(row)
+        write_report(file, benchmark, results, facts, commit)
+        print(line(row), flush=True)

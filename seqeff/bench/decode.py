@@ -1,0 +1,146 @@
+"""Bytes a second of decoding attention, against a copy of the device's memory in the same run."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from seqeff.bench.report import attempt, chosen_shapes
+from seqeff_kernels.decode_attention import CacheBlock, decode_attention, explain
+from seqeff_kernels.decode_attention.shapes import SHAPES, Shape, inputs
+from seqeff_kernels.timing import device_times
+
+DEFAULT_SHAPES = (
+    "multi-head",
+    "grouped",
+    "factored",
+    "multi-head-long",
+    "grouped-long",
+    "factored-long",
+)
+# bytes read and written a second by a copy, measured elsewhere on devices of the kind
+KNOWN_COPY = {"NVIDIA H200": 4.30e12}
+_DTYPE = jnp.bfloat16
+# of all sets of caches: well over four times an H200's L2 cache, and long beside a loop's counter
+_ROTATED_BYTES = 1 << 30
+_COPIED_BYTES = 1 << 31
+_COPIES = 50
+_REPEATS = 5
+
+
+def copy_speeds() -> dict[str, float]:
+    """Bytes read plus bytes written a second, by two ways to copy 2 GiB on the device.
+
+    `memory_copy` is a program whose result is its argument, which XLA does by the driver's copy
+    of device memory; `elementwise` is a kernel of XLA's that reads one array and writes another.
+    """
+    array = jax.random.bits(jax.random.key(0), (_COPIED_BYTES // 4,), jnp.uint32)
+    kernel = statistics.median(device_times(lambda x: x ^ 1, [(array,)]))
+    jax.block_until_ready(jnp.copy(array))
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        for _ in range(_COPIES):
+            # a call costs the host less than a copy takes, so copies follow each other closely
+            copied = jnp.copy(array)
+        jax.block_until_ready(copied)
+        times.append((time.perf_counter() - begin) / _COPIES)
+    moved = 2 * _COPIED_BYTES
+    return {"memory_copy": moved / statistics.median(times), "elementwise": moved / kernel}
+
+
+def reference_speed(copies: dict[str, float], device_kind: str) -> float:
+    """Bytes a second that shares are of: the fastest copy, here or known of such a device."""
+    return max(*copies.values(), KNOWN_COPY.get(device_kind, 0.0))
+
+
+def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator[dict[str, Any]]:
+    """Yields one row for each shape and implementation, as they are measured.
+
+    A row has the fields of its shape, `bytes` (all keys and values once), `implementation`, the
+    median, fastest and slowest `microseconds` over the repeats, `bytes_per_second` and its
+    `share` of `reference`; or `error`. Caches are full, and rotated so that none stays in L2.
+
+    Args:
+      names: of `seqeff_kernels.decode_attention.shapes.SHAPES`; none: the six of the README.
+      reference: bytes a second.
+    """
+    for name in chosen_shapes(names, SHAPES, DEFAULT_SHAPES):
+        shape = SHAPES[name]
+        size = shape.entry_bytes(jnp.dtype(_DTYPE).itemsize)
+        make = functools.partial(jax.jit(inputs, static_argnums=(0, 1, 2)), shape)
+        sets = [make(seed, _DTYPE) for seed in range(max(2, math.ceil(_ROTATED_BYTES / size)))]
+        for implementation, attend in _implementations(shape, sets[0]):
+            found = attempt(_measure, attend, sets, size, reference)
+            yield {
+                "shape": name,
+                "implementation": implementation,
+                "batch": shape.batch,
+                "capacities": list(shape.capacities),
+                "heads": shape.heads,
+                "kv_heads": shape.kv_heads,
+                "head_dim": shape.head_dim,
+                "rows": shape.rows,
+                "dtype": jnp.dtype(_DTYPE).name,
+                "bytes": size,
+            } | found
+
+
+def _implementations(
+    shape: Shape, example: tuple[Any, ...]
+) -> Iterator[tuple[str, Callable[..., Array]]]:
+    queries, blocks, new = example
+    for backend in ("triton", "xla"):
+        if explain(queries, blocks, new=new)[backend] == "available":
+            yield backend, functools.partial(_attend, backend=backend)
+    if len(shape.capacities) == 1 and not shape.new:
+        yield "cudnn", _cudnn
+
+
+def _attend(
+    queries: Array, blocks: tuple[CacheBlock, ...], new: Any, *, backend: Any
+) -> Float[Array, "batch rows heads head_dim"]:
+    return decode_attention(queries, blocks, new=new, backend=backend)[0]
+
+
+def _cudnn(
+    queries: Array, blocks: tuple[CacheBlock, ...], _: Any
+) -> Float[Array, "batch rows heads head_dim"]:
+    (block,) = blocks
+    return jax.nn.dot_product_attention(queries, block.keys, block.values, implementation="cudnn")
+
+
+def _measure(
+    attend: Callable[..., Array], sets: list[tuple[Any, ...]], size: int, reference: float
+) -> dict[str, Any]:
+    times = device_times(attend, sets, repeats=_REPEATS)
+    speed = size / statistics.median(times)
+    return {
+        "microseconds": round(1e6 * statistics.median(times), 2),
+        "fastest_microseconds": round(1e6 * min(times), 2),
+        "slowest_microseconds": round(1e6 * max(times), 2),
+        "repeats": len(times),
+        "bytes_per_second": round(speed),
+        "share": round(speed / reference, 4),
+    }
+
+
+HEADER = f"{'shape':17}{'implementation':15}{'us':>10}{'TB/s':>8}{'share':>8}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row under `HEADER`; shares are of a copy's bytes a second."""
+    text = f"{row['shape']:17}{row['implementation']:15}"
+    if "error" in row:
+        return f"{text} {row['error']}"
+    speed = row["bytes_per_second"] / 1e12
+    return f"{text}{row['microseconds']:10.1f}{speed:8.2f}{row['share']:8.1%}"

@@ -1,0 +1,268 @@
+"""Tables of tuned plans, and the search that fills them; no GPU is needed."""
+
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seqeff_kernels import PackedIndices, RangeSource, TokenSource, tune, tuning
+from seqeff_kernels.decode_attention.plan import Plan
+from seqeff_kernels.range_attention import mosaic, triton
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Where the table of the default device is looked for."""
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
+    return tuning.table_path(jax.devices()[0].device_kind)
+
+
+def key(rows, window=64):
+    entries = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    bounds = jax.ShapeDtypeStruct((1, rows), jnp.int32)
+    packed = PackedIndices(bounds, bounds)
+    sources = (
+        RangeSource(entries, entries, bounds, bounds, packed=packed),
+        TokenSource(entries, entries, window=window),
+    )
+    queries = jax.ShapeDtypeStruct((1, rows, 4, 64), jnp.bfloat16)
+    return tuning.attention_key(queries, sources)
+
+
+def test_keys_hold_what_plans_depend_on():
+    assert key(1000) == "bfloat16 head_dim=64 group=2 packed+window64 rows=1024"
+    assert key(1025, 63) == "bfloat16 head_dim=64 group=2 packed+window64 rows=2048"
+    entries = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.float16)
+    bounds = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    own = (RangeSource(entries, entries, bounds, bounds, entries), TokenSource(entries, entries))
+    queries = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.float16)
+    found = tuning.attention_key(queries, own)
+    assert found == "float16 head_dim=64 group=1 range(own queries)+causal rows=1"
+    assert (
+        tuning.decode_key(
+            dtype="bfloat16", head_dim=128, kv_heads=8, points=4, batch=3, entries=4097
+        )
+        == "bfloat16 head_dim=128 kv_heads=8 points=4 lists=32 entries=8192"
+    )
+
+
+def test_what_is_recorded_is_chosen(table):
+    assert tuning.choose("attention", "mosaic", key(1024)) is None
+    best = mosaic.Tiles(workers=3, stages=4)
+    entry = {"plan": dataclasses.asdict(best), "milliseconds": {"forward": 1.0}}
+    tuning.record(table, "attention", "mosaic", key(1024), entry)
+    assert mosaic.Tiles(**tuning.choose("attention", "mosaic", key(1024))) == best
+    for other in (("attention", "triton", key(1024)), ("decode", "mosaic", key(1024))):
+        assert tuning.choose(*other) is None
+    assert tuning.choose("attention", "mosaic", key(1024, window=128)) is None
+    # a caller may change what it is given
+    tuning.choose("attention", "mosaic", key(1024)).clear()
+    assert tuning.choose("attention", "mosaic", key(1024))
+
+
+def test_the_nearest_number_of_rows_serves(table):
+    for rows in (512, 2048, 65536):
+        tuning.record(table, "attention", "triton", key(rows), {"plan": {"rows": rows}})
+    for asked, expected in (
+        (1, 512),
+        (512, 512),
+        (1000, 512),
+        (3000, 2048),
+        (8192, 2048),
+        (16384, 65536),
+        (1 << 20, 65536),
+    ):
+        assert tuning.choose("attention", "triton", key(asked)) == {"rows": expected}
+
+
+def test_decoding_takes_only_its_own_sizes(table):
+    sizes = {"dtype": "bfloat16", "head_dim": 64, "kv_heads": 2, "points": 1, "batch": 2}
+    near = tuning.decode_key(entries=1000, **sizes)
+    tuning.record(table, "decode", "triton", near, {"plan": {"splits": 3}})
+    assert tuning.choose("decode", "triton", tuning.decode_key(entries=513, **sizes))
+    assert tuning.choose("decode", "triton", tuning.decode_key(entries=512, **sizes)) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}x", '{"attention": {"triton": {"key": {}}}}', "3"])
+def test_a_damaged_table_is_named(text, table):
+    table.parent.mkdir()
+    table.write_text(text)
+    with pytest.raises(ValueError, match=r"tuned plans .*\.json is damaged"):
+        tuning.choose("attention", "triton", key(1024))
+    with pytest.raises(ValueError, match="damaged"):
+        tuning.record(table, "attention", "triton", key(1024), {"plan": {}})
+    assert table.read_text() == text
+
+
+def test_the_tables_of_the_package_can_be_read():
+    for path in tuning.FOLDER.glob("*.json"):
+        for operation, kinds in tuning.read(path).items():
+            for backend, entries in kinds.items():
+                for entry in entries.values():
+                    if operation == "decode":
+                        Plan(**entry["plan"])
+                    elif backend == "mosaic":
+                        mosaic.Tiles(**entry["plan"])
+                    else:
+                        triton.Plan(
+                            **{name: triton.Tiles(**it) for name, it in entry["plan"].items()}
+                        )
+
+
+def test_the_search_skips_what_fails_and_keeps_the_best(capsys):
+    asked = []
+
+    def timer(plan, timed):
+        asked.append((plan, timed))
+        if plan.stages == 5:
+            raise RuntimeError("RESOURCE_EXHAUSTED: shared memory\nand more")
+        forward = 2.0 - (plan.workers == 3)
+        return forward if timed == "forward" else forward + plan.backward_stages
+
+    steps = (
+        tune.Step("forward", ({"workers": 3}, {"stages": 5}, {"workers": 2})),
+        tune.Step("training", ({"backward_stages": 1}, {"workers": 2, "backward_stages": 3})),
+    )
+    plan, times = tune.search(mosaic.Tiles(), steps, timer)
+    assert plan == mosaic.Tiles(workers=3, backward_stages=1)
+    assert times == {"forward": 1.0, "training": 2.0}
+    # the start is a candidate of each step, and none is timed twice
+    assert asked[0] == (mosaic.Tiles(), "forward")
+    assert (mosaic.Tiles(workers=3), "training") in asked
+    assert len(asked) == len(set(asked)) == 6
+    printed = capsys.readouterr().out
+    assert "skipped  Tiles(" in printed
+    assert "RESOURCE_EXHAUSTED: shared memory\n" in printed
+    assert "and more" not in printed
+
+
+def test_a_search_without_a_working_candidate_writes_nothing(tmp_path, capsys):
+    def timer(plan, timed):
+        raise NotImplementedError("no")
+
+    assert tune.search(mosaic.Tiles(), tune.MOSAIC_STEPS, timer) is None
+    tune._record(tmp_path / "x.json", "attention", "mosaic", "key", None)
+    assert not list(tmp_path.iterdir())
+    assert "no candidate works" in capsys.readouterr().out
+
+
+def test_every_candidate_is_a_plan():
+    for start, steps in (
+        (mosaic.Tiles(), tune.MOSAIC_STEPS),
+        (triton.plan(128, "bfloat16"), tune.TRITON_STEPS),
+        *(
+            (start, tune.decode_steps(start))
+            for splits in (1, 7, 256)
+            for start in [Plan(tile_entries=64, splits=splits, num_warps=4, num_stages=3)]
+        ),
+    ):
+        counted = []
+        found = tune.search(
+            start, steps, lambda plan, timed, seen=counted: seen.append(plan) or 1.0
+        )
+        assert found[0] == start
+        assert len(counted) > len(steps)
+    assert all(1 <= plan.splits <= 256 for plan in counted)
+
+
+def fake_timing(monkeypatch):
+    """Times by the plan alone, without running anything."""
+
+    def time(function, sets, seconds):
+        assert seconds > 0
+        jax.eval_shape(function, *sets[0])
+        return 1.0
+
+    monkeypatch.setattr(tune, "_time", time)
+    monkeypatch.setattr(tune.gpu, "compute_capability", lambda: (9, 0))
+    # quick to compile
+    for module, name in ((tune.attention_shapes, "tokens"), (tune.decode_shapes, "inputs")):
+        monkeypatch.setattr(module, name, functools.partial(ones, getattr(module, name)))
+
+
+def ones(make, *given):
+    made = jax.eval_shape(lambda: make(*given))
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), made)
+
+
+def test_tuning_attention_writes_the_best_plan_of_each_backend(table, monkeypatch, tmp_path):
+    fake_timing(monkeypatch)
+    timed = []
+
+    def attend(queries, sources, scale, plan):
+        assert scale == 64**-0.5
+        timed.append(plan)
+        output = sum((source.values[:, :1, :1] for source in sources), queries)
+        return output, None
+
+    for backend in (mosaic, triton):
+        monkeypatch.setattr(backend, "attend", attend)
+    answers = {"mosaic": "it needs a GPU", "triton": "available"}
+    monkeypatch.setattr(tune, "explain", lambda *_: answers)
+    monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
+    path = tmp_path / "made/here.json"
+    assert tune.main(["attention", "quickstart", "--window", "64", "--table", str(path)]) == 0
+    written = json.loads(path.read_text())
+    expected = "bfloat16 head_dim=64 group=1 packed+window64 rows=256"
+    assert list(written) == ["attention"]
+    assert list(written["attention"]) == ["triton"]
+    entry = written["attention"]["triton"][expected]
+    assert entry["milliseconds"] == {"forward": 1000.0, "training": 1000.0}
+    assert entry["plan"] == dataclasses.asdict(triton.plan(64, "bfloat16"))
+    assert len(timed) > 10
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_listed_is_not_tuned_again(table, monkeypatch):
+    fake_timing(monkeypatch)
+    monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
+    listed = "bfloat16 head_dim=64 group=1 packed+window64 rows=256"
+    for backend in tune.BACKENDS:
+        tuning.record(table, "attention", backend, listed, {"plan": {}})
+    before = table.read_text()
+    monkeypatch.setattr(tune, "search", None)
+    arguments = ["attention", "quickstart", "--window", "64"]
+    assert tune.main([*arguments, "--missing"]) == 0
+    assert table.read_text() == before
+    monkeypatch.setattr(tune, "explain", lambda *_: dict.fromkeys(tune.BACKENDS, "available"))
+    with pytest.raises(TypeError):
+        tune.main([*arguments, "--backend", "triton"])
+
+
+def test_tuning_decoding(table, monkeypatch):
+    fake_timing(monkeypatch)
+    backend = SimpleNamespace(
+        obstacle=lambda *_: None, attend=lambda queries, blocks, new, scale, plan: (queries, None)
+    )
+    monkeypatch.setattr(tune, "decode_triton", backend)
+    monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
+    assert tune.main(["decode", "odd"]) == 0
+    found = tuning.choose(
+        "decode",
+        "triton",
+        tuning.decode_key(
+            dtype="bfloat16", head_dim=64, kv_heads=2, points=6, batch=2, entries=1066
+        ),
+    )
+    assert Plan(**found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["attention", "wide-3k"], "no shape of attention is called wide-3k: quickstart, "),
+        (["decode", "wide-2k"], "no shape of decode is called wide-2k"),
+        (["decode"], "tuning needs an NVIDIA GPU; JAX's backend is cpu"),
+        ([], "tuning needs an NVIDIA GPU; JAX's backend is cpu"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(arguments, expected, capsys):
+    assert tune.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out

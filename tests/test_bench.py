@@ -1,0 +1,232 @@
+"""The benchmarks of kernels, without a GPU: what they make of times, print and write."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import refused, seqeff
+
+from seqeff.bench import attention, decode, report, torch_attention
+from seqeff_kernels.decode_attention import shapes as decode_shapes
+from seqeff_kernels.range_attention.shapes import SHAPES
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands in for a GPU: the portable form serves, and times are by what is called."""
+    monkeypatch.setattr(report.gpu, "compute_capability", lambda: (9, 0))
+
+    def times(function, sets, **_):
+        jax.eval_shape(function, *sets[0])
+        milliseconds = {"forward": 2.0, "both": 8.0}.get(getattr(function, "__name__", ""), 0.6)
+        return [1e-3 * milliseconds * factor for factor in (1.5, 1.0, 0.5)]
+
+    def portable(queries, keys, values, *_):
+        return jax.nn.dot_product_attention(queries, keys, values)
+
+    for module in (attention, decode):
+        monkeypatch.setattr(module, "device_times", times)
+    monkeypatch.setattr(attention, "_cudnn", portable)
+    monkeypatch.setattr(attention, "_ROTATED_BYTES", 1)
+    monkeypatch.setattr(decode, "_ROTATED_BYTES", 1)
+    monkeypatch.setattr(decode, "_COPIED_BYTES", 1 << 10)
+    # quick to compile
+    made = decode.inputs
+    monkeypatch.setattr(
+        decode,
+        "inputs",
+        lambda *given: jax.tree.map(
+            lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(lambda: made(*given))
+        ),
+    )
+
+
+@pytest.mark.parametrize("benchmark", ["attention", "decode"])
+def test_without_a_gpu_it_is_one_line(benchmark):
+    line = refused("bench", benchmark)
+    assert f"bench {benchmark} finds no GPU: the default backend is cpu" in line
+    assert "pip install 'seqeff[gpu]'" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["attention", "wide-3k"], "no shape is called wide-3k; choose among quickstart, odd"),
+        (["decode", "wide-2k"], "no shape is called wide-2k; choose among odd, odd-head"),
+        (["attention", "--window", "0"], "argument --window: '0' is not a whole number"),
+        (["decode", "--rivals"], "unrecognized arguments: --rivals"),
+        (["attention", "--gin.A.b=1"], "seqeff bench attention takes no --gin overrides"),
+    ],
+)
+def test_a_bad_command_is_one_line(arguments, expected, no_devices):
+    assert expected in refused("bench", *arguments)
+
+
+def test_attention_rows(gpu, tmp_path):
+    file = tmp_path / "speed.json"
+    command = ["bench", "attention", "odd", "--window", 7, 63, "--json", file]
+    result = seqeff(*command, "--commit", "abc")
+    assert result.status == 0, result.errors
+    written = json.loads(file.read_text())
+    assert written["benchmark"] == "attention"
+    assert written["versions"]["commit"] == "abc"
+    assert written["device"] == {"kind": "cpu", "compute_capability": "9.0"}
+    rows = written["results"]
+    cells = [(row["shape"], row["implementation"], row["window"]) for row in rows]
+    assert [cell for cell in cells if cell[1] in ("auto", "cudnn dense")] == [
+        (name, label, window)
+        for name in ("odd",)
+        for label, window in (("cudnn dense", None), ("auto", 7), ("auto", 63))
+    ]
+    by_cell = dict(zip(cells, rows, strict=True))
+    dense, ours = by_cell["odd", "cudnn dense", None], by_cell["odd", "auto", 7]
+    assert dense["needed_forward_flops"] == 2 * 4 * 4 * 16 * (1000 * 1001 // 2)
+    assert dense["needed_backward_flops"] == 2.5 * dense["needed_forward_flops"]
+    assert ours["needed_forward_flops"] < dense["needed_forward_flops"] / 5
+    assert ours["needed_forward_flops"] < ours["executed_forward_flops"]
+    assert (dense["deterministic"], ours["deterministic"]) == (False, True)
+    assert dense["forward"] == {
+        "milliseconds": 2.0,
+        "fastest_milliseconds": 1.0,
+        "slowest_milliseconds": 3.0,
+        "repeats": 3,
+        "speedup": 1.0,
+        "tflops_per_second": round(dense["needed_forward_flops"] / 2e-3 / 1e12, 1),
+    }
+    # a twelfth of the indices' 0.6 ms
+    assert ours["index_milliseconds"] == 0.6
+    assert ours["forward"]["milliseconds"] == 2.05
+    assert ours["forward"]["speedup"] == round(2 / 2.05, 3)
+    assert ours["forward_and_backward"]["milliseconds"] == 8.05
+    lines = result.output.splitlines()
+    assert len(lines) == 2 + len(rows)
+    (line,) = [line for line in lines if line.startswith("odd") and " 7  auto" in line]
+    assert "2.050     0.98" in line
+    assert line.endswith("yes")
+
+
+def test_the_needed_flops_are_those_of_the_mask(gpu):
+    row = next(row for row in attention.benchmark_attention(["odd"], [63]) if row["window"])
+    shape = SHAPES["odd"]
+    (_, _, _, _, chosen), *_ = attention._inputs(shape)
+    token = np.arange(shape.length)
+    near = token[:, None] - token < 63
+    mask = (token[:, None] >= token) & (near | np.asarray(chosen)[:, None])
+    assert row["needed_forward_flops"] == 4 * 16 * 4 * int(mask.sum())
+
+
+def test_an_implementation_that_fails_is_a_row(gpu, monkeypatch):
+    def broken(*_):
+        raise ValueError("no plan\nfor this")
+
+    monkeypatch.setattr(attention, "_cudnn", broken)
+    dense, *ours = attention.benchmark_attention(["odd"])
+    assert dense["error"] == "ValueError: no plan"
+    assert "ValueError: no plan" in attention.line(dense)
+    assert ours
+    assert all(row["forward"]["speedup"] is None for row in ours)
+    assert all(attention.line(row) for row in ours)
+
+
+def test_gradients_reach_every_input_of_the_timed_call(monkeypatch):
+    """The call under `forward_and_backward` returns what a user's gradient would."""
+    called = {}
+
+    def spy(function, sets, **_):
+        called[function.__name__] = jax.jit(function)(*sets[0])
+        return [1.0]
+
+    monkeypatch.setattr(attention, "device_times", spy)
+    shape = dataclasses.replace(SHAPES["odd"], length=40, batch=1)
+    monkeypatch.setattr(attention, "_ROTATED_BYTES", 1)
+    ((queries, keys, values, cotangent, chosen),) = attention._inputs(shape)
+    indices = attention._indices(chosen, 7)
+    attend = jax.tree_util.Partial(attention._separators, window=7, backend="reference")
+    attention._measure(attend, [(queries, keys, values, cotangent, indices)])
+    output, gradients = called["both"]
+    assert jnp.array_equal(output, called["forward"])
+
+    def loss(*arrays):
+        return jnp.vdot(attend(*arrays, indices).astype(jnp.float32), cotangent)
+
+    for found, expected in zip(
+        gradients, jax.jit(jax.grad(loss, (0, 1, 2)))(queries, keys, values), strict=True
+    ):
+        assert jnp.linalg.norm((found - expected).astype(jnp.float32)) < 0.05 * jnp.linalg.norm(
+            expected.astype(jnp.float32)
+        )
+        assert jnp.any(expected != 0)
+
+
+def test_pytorch_answers_for_itself(gpu, monkeypatch):
+    found = {"milliseconds": 4.0}
+
+    def run(shape, windows):
+        assert (shape, windows) == (SHAPES["odd"], [7])
+        yield {"implementation": "torch cudnn", "window": None, "deterministic": False} | {
+            "forward": found,
+            "forward_and_backward": found,
+        }
+        yield {"implementation": "flex", "window": 7, "deterministic": None, "error": "no room"}
+
+    monkeypatch.setattr(torch_attention, "run", run)
+    *_, torch, flex = attention.benchmark_attention(["odd"], [7], rivals=True)
+    assert torch["forward"]["speedup"] == 0.5
+    assert torch["forward_and_backward"]["speedup"] == 2.0
+    assert (flex["error"], flex["window"]) == ("no room", 7)
+
+
+def test_pytorch_that_is_absent_or_finds_no_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch_attention.importlib.util, "find_spec", lambda name: None)
+    (row,) = torch_attention.run(SHAPES["odd"], [7])
+    assert row["error"] == "torch is not installed"
+    monkeypatch.setattr(torch_attention.importlib.util, "find_spec", lambda name: name)
+    # a process of its own, where torch is absent or lacks CUDA
+    rows = torch_attention.run(SHAPES["odd"], [7])
+    assert [row["implementation"] for row in rows] == ["torch cudnn", "flex"]
+    assert all("rror" in row["error"] for row in rows)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (row,) = torch_attention.run(SHAPES["odd"], [7])
+    assert row["error"] == "exit status 1"
+
+
+def test_decode_rows(gpu, tmp_path):
+    file = tmp_path / "decode.json"
+    result = seqeff("bench", "decode", "odd", "--json", file)
+    assert result.status == 0, result.errors
+    written = json.loads(file.read_text())
+    assert set(written["copy_bytes_per_second"]) == {"memory_copy", "elementwise"}
+    reference = written["reference_bytes_per_second"]
+    assert reference == max(written["copy_bytes_per_second"].values())
+    rows = {row["implementation"]: row for row in written["results"]}
+    # two blocks and new entries, which cuDNN's form cannot take
+    assert set(rows) - {"triton"} == {"xla"}
+    row = rows["xla"]
+    assert row["bytes"] == 2 * 2 * (63 + 1000 + 3) * 2 * 64 * 2
+    assert row["microseconds"] == 600.0
+    assert row["bytes_per_second"] == round(row["bytes"] / 0.6e-3)
+    assert row["share"] == pytest.approx(row["bytes_per_second"] / reference, abs=1e-4)
+    assert "copy (memory copy)" in result.output
+    assert "600.0" in result.output
+
+
+def test_cudnn_is_measured_where_one_full_block_is_all(gpu, monkeypatch):
+    small = decode_shapes.Shape(batch=1, capacities=(16,), heads=2, kv_heads=1, head_dim=8)
+    monkeypatch.setitem(decode.SHAPES, "small", small)
+    rows = list(decode.benchmark_decode(["small"], reference=1e12))
+    assert [row["implementation"] for row in rows if row["implementation"] != "triton"] == [
+        "xla",
+        "cudnn",
+    ]
+    assert "error" in rows[-1]  # no cuDNN here, and the benchmark went on
+
+
+def test_shares_are_of_the_fastest_copy():
+    copies = {"memory_copy": 4.0e12, "elementwise": 3.3e12}
+    assert decode.reference_speed(copies, "NVIDIA H200") == 4.30e12
+    assert decode.reference_speed(copies, "NVIDIA A100") == 4.0e12
+    assert decode.reference_speed({"elementwise": 5e12}, "NVIDIA H200") == 5e12
