@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from seqeff.config import PACKAGES
 from seqeff.config.modules import Classes
 from seqeff.runs import versions
-from seqeff_kernels.range_attention import RangeSource, TokenSource, explain
+from seqeff_kernels.range_attention import RangeSource, TokenSource, automatic, explain
 
 _OPTIONAL = {
     "wandb": ("wandb", "Train.tracker = @Wandb()", "wandb"),
@@ -117,7 +117,7 @@ def _backends() -> Iterator[str]:
     for name, sources in cases.items():
         yield f"  {name}"
         try:
-            answers = explain(tokens, sources)
+            answers = {"auto": f"takes {automatic(tokens, sources)}", **explain(tokens, sources)}
         except _NO_DEVICE as error:
             answers = {"none": _reason(error)}
         for backend, answer in answers.items():

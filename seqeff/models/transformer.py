@@ -24,7 +24,7 @@ from seqeff.models.initialisation import Initialisation, NormalInitialisation
 from seqeff.models.norms import LayerNorm, Norm
 from seqeff.models.positions import Positions, Rotary, Rotation
 from seqeff.models.projections import HeadProjections
-from seqeff_kernels.range_attention import range_attention
+from seqeff_kernels.range_attention import Backend, Source, explain, range_attention
 
 
 def _keep_products(primitive: Any, *_: Any, **parameters: Any) -> bool:
@@ -76,7 +76,7 @@ class TransformerConfig:
     rematerialise: Literal["nothing", "elementwise", "everything"] = "elementwise"
     unroll: int = 1
     embedding_gradient: Literal["scatter", "matmul"] = "scatter"
-    attention_backend: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    attention_backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -85,6 +85,7 @@ class TransformerConfig:
             require(value >= 1, f"TransformerConfig.{name} = {value} must be at least 1")
         head_dim = self.projections.size(self.width)
         # shapes only: a config must not start the devices
+        nnx.eval_shape(lambda: Layer(self, nnx.Rngs(0)))
         position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         jax.eval_shape(lambda position: self.positions.rotation(position, head_dim), position)
         for layer in self.layer_attention:
@@ -198,7 +199,9 @@ class Layer(nnx.Module):
             values = jax.lax.dynamic_update_slice(cache[1], values.astype(cache[1].dtype), start)
             cache = keys, values
         sources = attention.sources(plan, keys, values, step.first_row, x.shape[1])
-        attended, _ = range_attention(queries, sources, backend=self.config.attention_backend)
+        backend = self.config.attention_backend
+        _require_backend(backend, queries, sources)
+        attended, _ = range_attention(queries, sources, backend=backend)
         return self.projections.merge(attended), cache
 
 
@@ -321,6 +324,16 @@ class Transformer(nnx.Module):
         policy = _keep_products if self.config.rematerialise == "elementwise" else None
         # a loop keeps the two computations apart; a fully unrolled one may share them again
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _require_backend(backend: Backend, queries: jax.Array, sources: Sequence[Source]) -> None:
+    if backend != "auto":
+        answer = explain(queries, sources)[backend]
+        require(
+            answer == "available",
+            f"TransformerConfig.attention_backend = {backend!r} cannot serve this attention: "
+            f"{answer}; give 'auto'",
+        )
 
 
 def _layer(

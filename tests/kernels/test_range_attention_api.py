@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from seqeff_kernels import RangeSource, TokenSource, explain, gpu, range_attention
-from seqeff_kernels.range_attention import cudnn, xla
+from seqeff_kernels.range_attention import automatic, cudnn, mosaic, triton, xla
 from seqeff_kernels.range_attention.shapes import Shape, tokens
 
 SHAPE = Shape(batch=2, length=40, heads=4, kv_heads=2, head_dim=16)
@@ -195,3 +195,49 @@ def test_unknown_backend(arrays):
     queries, keys, values = arrays
     with pytest.raises(ValueError, match="'flash' is unknown; give auto"):
         range_attention(queries, [TokenSource(keys, values)], backend="flash")
+
+
+@pytest.mark.parametrize("scale", [0, -0.5, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(arrays, scale):
+    queries, keys, values = arrays
+    with pytest.raises(ValueError, match="give a positive number"):
+        range_attention(queries, [TokenSource(keys, values)], scale=scale)
+
+
+@pytest.mark.parametrize(
+    "serve, tested, taken",
+    [
+        ((), (), "xla"),
+        (("mosaic", "triton"), (), "xla"),
+        (("mosaic", "triton"), ("cudnn", "triton"), "triton"),
+        (("mosaic", "triton"), ("mosaic", "triton"), "mosaic"),
+        (("cudnn", "mosaic", "triton"), ("cudnn", "mosaic", "triton"), "cudnn"),
+    ],
+)
+def test_auto_takes_the_first_kernel_that_serves_and_is_tested(
+    arrays, monkeypatch, serve, tested, taken
+):
+    queries, keys, values = arrays
+    for name, backend in (("cudnn", cudnn), ("mosaic", mosaic), ("triton", triton)):
+        obstacle = None if name in serve else "not here"
+        monkeypatch.setattr(backend, "obstacle", lambda *_, found=obstacle: found)
+        monkeypatch.setattr(backend, "tested", lambda _, found=name in tested: found)
+    assert automatic(queries, [TokenSource(keys, values)]) == taken
+
+
+def test_a_mesh_that_xla_splits_over_is_an_obstacle():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert gpu.partition_obstacle() is None
+    found = []
+    with jax.set_mesh(mesh):
+        assert "mesh of 8 devices" in gpu.partition_obstacle()
+
+        @jax.shard_map(in_specs=jax.P("data"), out_specs=jax.P("data"))
+        def inside(x):
+            found.append(gpu.partition_obstacle())
+            return x
+
+        jax.eval_shape(inside, jnp.zeros(8))
+    assert found == [None]
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        assert gpu.partition_obstacle() is None

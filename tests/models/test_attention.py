@@ -38,11 +38,11 @@ def counter(name, first_row, rows):
         plan = attention.plan(tokens, starts)
         counts = jnp.zeros((tokens.shape[0], rows, tokens.shape[1]), jnp.int32)
         for source in attention.sources(plan, token, token, first_row, rows):
-            start, end = source.bounds(rows)
-            entry = jnp.arange(source.keys.shape[1])
+            _, keys, _, start, end = source.listed(rows)
+            entry = jnp.arange(keys.shape[1])
             inside = (entry >= start[..., None]) & (entry < end[..., None])
             inside = jnp.broadcast_to(inside[:, 0], (*counts.shape[:2], entry.size))
-            which = jax.nn.one_hot(source.keys[..., 0, 0], tokens.shape[1], dtype=jnp.int32)
+            which = jax.nn.one_hot(keys[..., 0, 0], tokens.shape[1], dtype=jnp.int32)
             counts += jnp.einsum("brn,bnt->brt", inside.astype(jnp.int32), which)
         return counts
 

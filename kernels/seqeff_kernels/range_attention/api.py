@@ -21,7 +21,7 @@ _BACKENDS = {
     "triton": triton,
 }
 # those of GPUs, the fastest first
-_KERNELS = (cudnn, mosaic, triton)
+_KERNELS = ("cudnn", "mosaic", "triton")
 
 
 def range_attention(
@@ -62,8 +62,7 @@ def range_attention(
     if not factor > 0:
         raise ValueError(f"scale is {scale}; give a positive number, or None")
     if backend == "auto":
-        fit = (kernel for kernel in _KERNELS if kernel.obstacle(queries, sources) is None)
-        chosen = next((kernel for kernel in fit if kernel.tested(queries)), xla)
+        chosen = _BACKENDS[automatic(queries, sources)]
     elif backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     else:
@@ -72,6 +71,17 @@ def range_attention(
         if obstacle:
             raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
     return chosen.attend(queries, sources, factor)
+
+
+def automatic(queries: Float[Array, "batch rows heads head_dim"], sources: Sequence[Source]) -> str:
+    """The backend that `auto` takes here; reads shapes and dtypes only, as `explain` does."""
+    sources = tuple(sources)
+    _check(queries, sources)
+    for name in _KERNELS:
+        backend = _BACKENDS[name]
+        if backend.obstacle(queries, sources) is None and backend.tested(queries):
+            return name
+    return "xla"
 
 
 def explain(
