@@ -6,6 +6,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import types
 import typing
@@ -55,8 +56,8 @@ def check_types(config: Any) -> None:
     """Checks every field of a dataclass instance against its annotation; an int passes for a float.
 
     Raises:
-      ConfigError: names the class, the field, its value and the type that it should have; or the
-        name in an annotation that its module lacks.
+      ConfigError: names the class, the field, its value and the type that it should have, or a
+        float that is infinite or not a number; or the name in an annotation that its module lacks.
     """
     try:
         hints = typing.get_type_hints(type(config))
@@ -71,6 +72,10 @@ def check_types(config: Any) -> None:
                 f"{type(config).__name__}.{field.name} = {value!r} is of type "
                 f"{type(value).__name__}; give {_describe(expected)}"
             )
+        require(
+            _is_finite(value),
+            f"{type(config).__name__}.{field.name} = {value!r} is not finite; give a number",
+        )
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -95,6 +100,15 @@ def flatten(config: Any) -> dict[str, Any]:
 
     visit("", config)
     return flat
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no float in a field's value is infinite or not a number."""
+    if isinstance(value, collections.abc.Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _matches(value: Any, expected: Any) -> bool:

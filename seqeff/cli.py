@@ -117,9 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     for benchmark in (attention, decode):
         text = "by name (default: those of experiments/attention_speed)"
         benchmark.add_argument("shapes", nargs="*", metavar="SHAPE", help=text)
-        benchmark.add_argument("--commit", help="kept in the file (default: what git says)")
     for benchmark in (steps, batches, attention, decode):
         benchmark.add_argument("--json", type=Path, help="write the results to this file")
+        benchmark.add_argument("--commit", help="kept in the file (default: what git says)")
     return parser
 
 
@@ -263,14 +263,14 @@ def _bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.bench.train import benchmark_training
 
     loaded = [(str(path), _load(path, overrides, None).root) for path in options.configs]
-    return _tell_speed("train", benchmark_training(loaded, options.steps), options.json)
+    return _tell_speed("train", benchmark_training(loaded, options.steps), options)
 
 
 def _bench_data(options: argparse.Namespace, _: Sequence[str]) -> int:
     from seqeff.bench.data import benchmark_batches
 
     results = [row._asdict() for row in benchmark_batches()]
-    return _tell_speed("data", results, options.json)
+    return _tell_speed("data", results, options)
 
 
 def _bench_attention(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -287,10 +287,12 @@ def _bench_decode(options: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _tell_speed(benchmark: str, results: Sequence[Mapping[str, Any]], file: Path | None) -> int:
+def _tell_speed(
+    benchmark: str, results: Sequence[Mapping[str, Any]], options: argparse.Namespace
+) -> int:
     from seqeff.bench.report import write_report
 
-    write_report(file, benchmark, results)
+    write_report(options.json, benchmark, results, commit=options.commit)
     for row in results:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     return 0
@@ -313,12 +315,12 @@ def _restore(
     import jax
 
     from seqeff.training.checkpoints import CheckpointStore
-    from seqeff.training.mesh import MeshConfig
+    from seqeff.training.mesh import MeshConfig, find_devices
     from seqeff.training.program import Program, prepare_backend
 
     prepare_backend(config)
     # a run made on many devices is read on those here that share its batch
-    mesh = MeshConfig(data=1, fsdp=math.gcd(jax.device_count(), config.data.batch_size))
+    mesh = MeshConfig(data=1, fsdp=math.gcd(len(find_devices()), config.data.batch_size))
     program = Program(dataclasses.replace(config, mesh=mesh), tokenizer.vocabulary())
     with jax.set_mesh(program.mesh), CheckpointStore(run.checkpoints) as store:
         wanted = {"parameters": program.abstract_state["parameters"]}

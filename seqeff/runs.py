@@ -203,7 +203,7 @@ def versions() -> dict[str, Any]:
             found[package] = None
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "commit": _commit(),
         "packages": found,
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_run import refused, seqeff
 
-from seqeff.bench import attention, decode, report, torch_attention
+from seqeff.bench import attention, data, decode, report, torch_attention
 from seqeff_kernels.decode_attention import shapes as decode_shapes
 from seqeff_kernels.range_attention.shapes import SHAPES
 
@@ -230,3 +230,26 @@ def test_shares_are_of_the_fastest_copy():
     assert decode.reference_speed(copies, "NVIDIA H200") == 4.30e12
     assert decode.reference_speed(copies, "NVIDIA A100") == 4.0e12
     assert decode.reference_speed({"elementwise": 5e12}, "NVIDIA H200") == 5e12
+
+
+def test_training_with_separators_keeps_the_commit_that_is_given(tiny, tmp_path):
+    file = tmp_path / "speed.json"
+    options = ["--steps", 1, "--json", file, "--commit", "abc"]
+    method = "--gin.TransformerConfig.attention=@SeparatorAttention()"
+    result = seqeff("bench", "train", tiny.config, *options, method)
+    assert result.status == 0, result.errors
+    report = json.loads(file.read_text())
+    assert report["versions"]["commit"] == "abc"
+    assert "jax-cuda13-plugin" in report["versions"]["packages"]
+    assert report["results"][0]["tokens_per_second"] > 0
+
+
+def test_batches_keep_the_commit_that_is_given(monkeypatch, tmp_path):
+    row = data.BatchSpeed(30, "split", 1, 0.5, 2e6, 1e6)
+    monkeypatch.setattr(data, "benchmark_batches", lambda: [row])
+    file = tmp_path / "speed.json"
+    result = seqeff("bench", "data", "--json", file, "--commit", "abc")
+    assert result.status == 0, result.errors
+    report = json.loads(file.read_text())
+    assert report["versions"]["commit"] == "abc"
+    assert report["results"] == [row._asdict()]

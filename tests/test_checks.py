@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -57,6 +58,14 @@ def test_check_types(annotation, good, bad):
     for value in bad:
         with pytest.raises(ConfigError, match=r"^Config\.field = "):
             config(value)
+
+
+@pytest.mark.parametrize(
+    "value", [math.inf, -math.inf, math.nan, (1.0, math.inf), {"a": [math.nan]}]
+)
+def test_floats_must_be_finite(value):
+    with pytest.raises(ConfigError, match=r"^Config\.field = .* is not finite; give a number"):
+        config_of(Any)(value)
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,18 @@ BAD_CONFIGS = {
     "HeadProjections.heads=3": "TransformerConfig.width = 32",
     "SeparatorAttention.window=3": "no SeparatorAttention is built",
     "MeshConfig.data=-2": "MeshConfig.data = -2 must be -1 or at least 1",
+    "Train.schedule=@Cosine(); Cosine.warmup=25": "Cosine.warmup = 25 steps exceeds the run's 24",
+    "FeedForward.up=@LowRankLinear(); LowRankLinear.rank=33": "LowRankLinear.rank = 33 exceeds",
+    "AdamW.learning_rate=1e999": "AdamW.learning_rate = inf is not finite",
+    "Train.sample_tokens=-1": "Train.sample_tokens = -1 must not be negative",
+    "Train.expected_bits_per_byte=(2.0, 1.0)": "= (2.0, 1.0) must be a lower and an upper bound",
 }
 
 
 @pytest.mark.parametrize("override", BAD_CONFIGS)
 def test_a_bad_config_is_refused_before_any_device_is_touched(override, tiny, no_devices, tmp_path):
-    line = refused("train", tiny.config, "--run-dir", "run", f"--gin.{override}")
+    overrides = [f"--gin.{binding}" for binding in override.split("; ")]
+    line = refused("train", tiny.config, "--run-dir", "run", *overrides)
     assert BAD_CONFIGS[override] in line
     assert not list(tmp_path.iterdir())
 
@@ -114,6 +120,47 @@ def test_sizes_that_do_not_fit_what_is_here(overrides, expected, tiny, tmp_path)
     options = [f"--gin.{override}" for override in overrides]
     assert expected in refused("train", tiny.config, "--run-dir", "run", *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_backend_that_cannot_serve_is_refused(tiny, copied, tmp_path):
+    expected = "TransformerConfig.attention_backend = 'cudnn' cannot serve this attention: it needs"
+    override = "--gin.TransformerConfig.attention_backend=cudnn"
+    assert expected in refused("train", tiny.config, "--run-dir", "run", override)
+    assert not (tmp_path / "run").exists()
+    assert expected in refused("train", tiny.config, "--dry-run", override)
+    assert expected in refused("bench", "train", tiny.config, override)
+    operative = copied / "operative_config.gin"
+    operative.write_text(operative.read_text().replace("'reference'", "'cudnn'"))
+    assert expected in refused("eval", copied)
+    assert expected in refused("generate", copied, "--prompt", "a")
+
+
+def test_a_tracker_that_cannot_start_is_refused_first(tiny, no_devices, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    override = "--gin.Train.tracker=@Wandb()"
+    absent = f"--gin.TextFiles.paths=('{tiny.folder}/corpse/*.txt',)"
+    assert "WANDB_MODE = ofline" in refused("train", tiny.config, override, absent, "--dry-run")
+    line = refused("train", tiny.config, "--run-dir", "run", override, absent)
+    assert "WANDB_MODE = ofline" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_platform_that_is_not_here_is_one_line(tiny, finished, tmp_path):
+    variables = environment() | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    for command in (
+        ("train", tiny.config, "--run-dir", tmp_path / "run"),
+        ("generate", finished, "--prompt", "a"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-m", "seqeff.cli", *map(str, command)],
+            env=variables,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert "seqeff: no device is found (JAX_PLATFORMS = cuda)" in ended.stderr.splitlines()[-1]
+        assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_is_not_overwritten(copied, tiny):

@@ -1,6 +1,7 @@
 """The files of a run directory."""
 
 import os
+import platform
 
 import pytest
 
@@ -132,6 +133,8 @@ def test_a_sample_takes_the_place_of_one_of_its_step(tmp_path):
 
 def test_versions_name_what_matters():
     found = versions()
+    # not the release of the kernel, which names the machine
+    assert found["platform"] == f"{platform.system()} {platform.machine()}"
     assert {"jax", "flax", "optax", "orbax-checkpoint", "seqeff"} <= found["packages"].keys()
     assert found["packages"]["jax"]
     assert found["python"].startswith("3.")

@@ -83,15 +83,9 @@ class Batches:
             return None
         return -(-self._orders[0].rows_per_epoch // self.batch_size)
 
-    def __call__(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of a step's batch that belong to one process.
-
-        Args:
-          step: from 0.
-          process_index: which of the equal, contiguous parts of the batch to return.
-          process_count: how many parts there are; divides the batch size.
-        """
-        return self.rows(step, *_process_rows(self.batch_size, process_index, process_count))
+    def __call__(self, step: int) -> Batch:
+        """The whole batch of a step, counted from 0."""
+        return self.rows(step, 0, self.batch_size)
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """The rows `[start, stop)` of a step's batch."""
@@ -171,9 +165,9 @@ class EvaluationBatches:
         """Steps of the pass."""
         return -(-int(self._first[-1]) // self.batch_size)
 
-    def __call__(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of a step's batch that belong to one process."""
-        return self.rows(step, *_process_rows(self.batch_size, process_index, process_count))
+    def __call__(self, step: int) -> Batch:
+        """The whole batch of a step, counted from 0."""
+        return self.rows(step, 0, self.batch_size)
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """The rows `[start, stop)` of a step's batch; beyond the last step all is padding."""
@@ -256,13 +250,3 @@ def _check(
     for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         require(value >= 1, f"{name} = {value} must be at least 1")
     require(packing in PACKINGS, f"packing = {packing!r} must be one of {', '.join(PACKINGS)}")
-
-
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-    require(
-        batch_size % process_count == 0,
-        f"Data.batch_size = {batch_size} does not divide among {process_count} processes; "
-        f"choose a multiple of {process_count}",
-    )
-    rows = batch_size // process_count
-    return process_index * rows, (process_index + 1) * rows

@@ -81,7 +81,6 @@ class PartWriter:
         self._lengths: list[np.ndarray] = []
         self._prompts: list[np.ndarray] = []
         self._open_tokens = self._open_documents = 0
-        self._hash = hashlib.sha256()
         with writing_to(directory):
             directory.mkdir()
 
@@ -133,17 +132,12 @@ class PartWriter:
     def _close_shard(self) -> None:
         with writing_to(self._directory):
             self._write(self._end_of_text)
-        digest = self._hash.hexdigest()
-        shard = Shard(self._open_name, self._open_documents, self._open_tokens, digest)
-        self._shards.append(shard)
-        self._hash = hashlib.sha256()
+        self._shards.append(Shard(self._open_name, self._open_documents, self._open_tokens))
         self._open_tokens = self._open_documents = 0
 
     def _write(self, entries: np.ndarray) -> None:
-        data = entries.tobytes()
-        self._hash.update(data)
         with open(self._directory / self._open_name, "ab") as file:
-            file.write(data)
+            file.write(entries.tobytes())
 
 
 def token_dtype(vocabulary_size: int) -> str:

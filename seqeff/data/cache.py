@@ -98,8 +98,6 @@ def _remove_abandoned(root: Path, held: str) -> None:
 
 
 def _synchronize(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

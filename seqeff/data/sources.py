@@ -307,7 +307,8 @@ def _load_dataset(name: str, config: str | None, split: str, revision: str | Non
                 return _saved_split(dict(dataset), name, split)
             return dataset
         return datasets.load_dataset(name, config, split=split, revision=revision)
-    except (OSError, ValueError, DatasetsError) as error:
+    # the last is what a dataset that needs a script raises
+    except (OSError, ValueError, DatasetsError, RuntimeError) as error:
         raise UserError(
             f"HuggingFaceDataset.name = {name!r} (config {config!r}, split {split!r}) cannot be "
             f"loaded: {_first_line(error)}"

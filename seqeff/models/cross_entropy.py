@@ -1,4 +1,8 @@
-"""Cross-entropy of an output head, without ever holding every row's float32 logits."""
+"""Cross-entropy of an output head, with at most 1 GiB of float32 logits at a time.
+
+Fewer than 2^28 logits are one chunk; beyond, rows are cut so that no chunk has more, down to one
+row of every batch element.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ def cross_entropy_sums(
     """Sum over rows of weight * (cross-entropy + z_loss * log_partition^2), and its parts.
 
     The gradient is made in the forward pass, a chunk of rows at a time: the logits are computed
-    once and at most 1 GiB of them exists. Differentiable in `hidden` and `head` through the first
+    once, at most 1 GiB of them at a time. Differentiable in `hidden` and `head` through the first
     result only; z-loss is that of PaLM (arXiv 2204.02311, section 5).
     """
     return _sums(hidden, head, targets, weights, z_loss)
@@ -40,7 +44,7 @@ def token_losses(
     head: Float[Array, "vocabulary width"],
     targets: Int[Array, "batch rows"],
 ) -> Float[Array, "batch rows"]:
-    """Cross-entropy of every row in nats, float32; for evaluation, a chunk of rows at a time."""
+    """Cross-entropy of every row in nats, float32; for evaluation, in the same chunks."""
 
     def one(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         rows, wanted = chunk

@@ -77,6 +77,16 @@ class Train:
             "least 1, or null",
         )
         require(
+            self.sample_tokens >= 0,
+            f"Train.sample_tokens = {self.sample_tokens} must not be negative",
+        )
+        expected = self.expected_bits_per_byte
+        require(
+            expected is None or expected[0] <= expected[1],
+            f"Train.expected_bits_per_byte = {expected} must be a lower and an upper bound, or "
+            "null",
+        )
+        require(
             self.data.batch_size % self.accumulate == 0,
             f"Train.accumulate = {self.accumulate} must divide Data.batch_size = "
             f"{self.data.batch_size}",
@@ -88,6 +98,8 @@ class Train:
             f"LearnedPositions.length = {getattr(positions, 'length', None)} is below "
             f"Data.sequence_length = {self.data.sequence_length}",
         )
+        # a schedule that does not fit the steps says so
+        self.schedule.make(1.0, self.steps)
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from seqeff.checks import ConfigError, check_types, require
+from seqeff.checks import ConfigError, UserError, check_types, require
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -68,8 +69,9 @@ class MeshConfig:
 
         Raises:
           ConfigError: the axes' sizes do not make up the devices.
+          UserError: there is no device.
         """
-        devices = jax.devices()
+        devices = find_devices()
         sizes = [getattr(self, axis) for axis in AXES]
         given = math.prod(size for size in sizes if size != -1)
         asked = f"MeshConfig.data, fsdp, tensor = {', '.join(map(str, sizes))}"
@@ -94,6 +96,24 @@ class MeshConfig:
             axis_types=(AxisType.Auto,) * len(AXES),
             devices=devices[: math.prod(sizes)],
         )
+
+
+def find_devices() -> list[Any]:
+    """The devices of all processes.
+
+    Raises:
+      UserError: there is none.
+    """
+    try:
+        return jax.devices()
+    # jax raises the latter where a platform was asked for that none of its plugins offers
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        reason = str(error).strip().partition("\n")[0] or "none of that platform is here"
+        raise UserError(
+            f"no device is found (JAX_PLATFORMS = {asked}): {reason}; unset JAX_PLATFORMS, or see "
+            "`seqeff info`"
+        ) from error
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -25,6 +25,8 @@ def describe(config: Train) -> str:
       UserError: whatever would stop the run before its first step.
     """
     prepare_backend(config)
+    if config.tracker is not None:
+        config.tracker.check()
     prepared = prepare(config.data)
     program = Program(config, prepared.tokenizer.vocabulary())
     flops = flops_per_token(program.model, prepared)

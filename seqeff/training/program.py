@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax._src import xla_bridge
 from jax.sharding import Mesh
 
-from seqeff.checks import require
+from seqeff.checks import ConfigError, UserError, require
 from seqeff.data import Batch, PreparedData, Tokenizer, prepare
 from seqeff.models import TransformerConfig
 from seqeff.models.flops import abstract_model, attended_entries, training_flops_per_token
@@ -20,6 +21,8 @@ from seqeff.runs import RunDirectory, write_atomically
 from seqeff.training.config import Train
 from seqeff.training.mesh import batch_sharding
 from seqeff.training.step import State, make_initialise, make_step, state_shardings
+
+_DETERMINISTIC = "--xla_gpu_deterministic_ops"
 
 
 class Program:
@@ -32,6 +35,7 @@ class Program:
 
         Raises:
           ConfigError: the model, the tokenizer, the batch and the devices do not fit each other.
+          UserError: there is no device.
         """
         self.model = model = run_model(config, vocabulary)
         self.mesh = config.mesh.make()
@@ -51,6 +55,7 @@ class Program:
             state,
             shardings,
         )
+        self._trace(config)
         self.initialise = jax.jit(initialise, out_shardings=shardings)
         self.step = jax.jit(
             make_step(
@@ -64,6 +69,15 @@ class Program:
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
+
+    def _trace(self, config: Train) -> None:
+        """Runs the model on shapes, so that it refuses now what it cannot do here."""
+
+        def run(parameters: nnx.State, batch: Batch) -> jax.Array:
+            return nnx.merge(self.graph, parameters)(batch.tokens, batch.document_start)
+
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(run, self.abstract_state["parameters"], abstract_batch(self, config))
 
 
 def _require_equal_parts(batch_size: int, mesh: Mesh) -> None:
@@ -84,11 +98,35 @@ def run_model(config: Train, vocabulary: Sequence[str]) -> TransformerConfig:
 
 
 def prepare_backend(config: Train) -> None:
-    """Joins other hosts and sets what must be set before the first use of a device."""
-    if config.deterministic and "gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    """Joins other hosts and sets what must be set before the first use of a device.
+
+    Raises:
+      ConfigError: `XLA_FLAGS` forbids what `Train.deterministic` asks for.
+      UserError: it is too late to set it, or the other hosts cannot be joined.
+    """
+    if config.deterministic:
+        _ask_determinism()
     config.mesh.initialise_distributed()
+
+
+def _ask_determinism() -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    given = [flag for flag in flags.split() if flag.partition("=")[0] == _DETERMINISTIC]
+    for flag in given:
+        _, equals, value = flag.partition("=")
+        if equals and value.lower() not in ("true", "1"):
+            raise ConfigError(
+                f"Train.deterministic = True, but XLA_FLAGS has {flag}; take that flag away, or "
+                "set Train.deterministic = False"
+            )
+    if given:
+        return
+    if xla_bridge.backends_are_initialized() and jax.default_backend() == "gpu":
+        raise UserError(
+            "Train.deterministic = True cannot be had in a process whose GPUs are in use without "
+            f"it; start a new process for this config, or set XLA_FLAGS={_DETERMINISTIC}=true"
+        )
+    os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}=true".strip()
 
 
 def prepare_for(config: Train, run: RunDirectory) -> PreparedData:

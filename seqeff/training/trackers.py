@@ -32,6 +32,10 @@ class Tracker(Protocol):
 class TrackerConfig(Protocol):
     """Config of a tracker."""
 
+    def check(self) -> None:
+        """Raises a `UserError` where `start` would, as far as can be told before a run begins."""
+        ...
+
     def start(self, run_directory: Path, config: Mapping[str, Any]) -> Tracker:
         """Begins, or resumes, tracking a run.
 
@@ -76,6 +80,19 @@ class Wandb:
         check_types(self)
         require(bool(self.project), "Wandb.project is empty; give a name")
 
+    def check(self) -> None:
+        """See `TrackerConfig`.
+
+        Raises:
+          UserError: wandb is not installed, its mode is unknown, or it is asked to go online
+            without a key.
+        """
+        # asking for the process starts the devices
+        if jax.distributed.is_initialized() and jax.process_index() != 0:
+            return
+        self._mode()
+        _import_wandb()
+
     def start(self, run_directory: Path, config: Mapping[str, Any]) -> Tracker:
         """See `TrackerConfig`. Processes other than 0 send nothing.
 
@@ -85,14 +102,7 @@ class Wandb:
         """
         if jax.process_index() != 0:
             return NoTracker()
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "Train.tracker = @Wandb() needs wandb; pip install wandb, or set "
-                "Train.tracker = None"
-            ) from error
-        mode = self._mode()
+        wandb, mode = _import_wandb(), self._mode()
         swept = "WANDB_SWEEP_ID" in os.environ
         with writing(f"wandb's files to {run_directory}"):
             try:
@@ -141,6 +151,16 @@ class _WandbRun:
 
     def finish(self) -> None:
         self._run.finish()
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "Train.tracker = @Wandb() needs wandb; pip install wandb, or set Train.tracker = None"
+        ) from error
+    return wandb
 
 
 def _run_id(run_directory: Path) -> str:

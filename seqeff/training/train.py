@@ -51,6 +51,8 @@ def train(
     """
     with ExitStack() as stack:
         prepare_backend(config)
+        if config.tracker is not None:
+            config.tracker.check()
         prepared = prepare_for(config, run)
         program = Program(config, prepared.tokenizer.vocabulary())
         stack.enter_context(jax.set_mesh(program.mesh))

@@ -117,7 +117,7 @@ def test_an_epoch_holds_every_document_once_for_any_number_of_hosts(
     steps = batches.steps_per_epoch
     for epoch in (0, 1):
         parts = [
-            batches(step, host, hosts)
+            batches.rows(step, host * rows_per_host, (host + 1) * rows_per_host)
             for step in range(epoch * steps, (epoch + 1) * steps)
             for host in range(hosts)
         ]
@@ -125,15 +125,17 @@ def test_an_epoch_holds_every_document_once_for_any_number_of_hosts(
         assert_complete(parts, store, packing, length)
 
 
-def test_hosts_hold_contiguous_parts_of_one_batch(make_store):
-    store = make_store([63, 1000, 5, 17])
-    batches = Batches([store], sequence_length=16, batch_size=6, seed=3)
-    whole = batches(2)
-    for name in Batch._fields:
-        parts = [getattr(batches(2, host, 3), name) for host in range(3)]
-        np.testing.assert_array_equal(np.concatenate(parts), getattr(whole, name))
-    with pytest.raises(ConfigError, match="batch_size = 6 does not divide among 4"):
-        batches(0, 0, 4)
+@pytest.mark.parametrize("kind", [Batches, EvaluationBatches])
+def test_any_rows_are_those_of_the_whole_batch(make_store, kind):
+    stores = [make_store([63, 1000, 5, 17]), make_store([40] * 9, first=2000)]
+    seed = {"seed": 3} if kind is Batches else {}
+    batches = kind(stores, sequence_length=16, batch_size=7, **seed)
+    # the last step of the evaluation is padded
+    for step in (0, 2, 13):
+        whole = batches(step)
+        for start, stop in ((0, 3), (3, 4), (4, 7), (1, 6)):
+            for found, expected in zip(batches.rows(step, start, stop), whole, strict=True):
+                np.testing.assert_array_equal(found, expected[start:stop])
 
 
 @pytest.mark.parametrize(

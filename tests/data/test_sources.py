@@ -196,3 +196,14 @@ def test_bad_input_is_one_clear_line(tmp_path, case):
 def test_bad_configs_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_dataset_that_needs_a_script_is_a_user_error(tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found set.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match="cannot be loaded: Dataset scripts are no longer"):
+        HuggingFaceDataset(name=str(tmp_path / "scripted")).fingerprint()

@@ -48,22 +48,55 @@ def test_given_ids_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("preset", "vocabulary_size", "first", "last", "size"),
+    ("preset", "vocabulary_size", "ids"),
     [
-        ("pythia", 50304, 15, 187, 9),
-        ("pythia-streaming", 50304, 15, 50275, 20),
-        ("llama3", 128256, 13, 128000, 9),
-        ("llama3-streaming", 128256, 13, 262, 17),
-        ("llama3-sepcache", 128256, 13, 128000, 18),
-        ("falcon", 65024, 25, 466, 13),
+        ("pythia", 50304, (15, 13, 32, 2, 28, 27, 209, 186, 187)),
+        (
+            "pythia-streaming",
+            50304,
+            (
+                *(15, 13, 32, 2, 28, 27, 209, 186, 187, 964, 1157, 3736, 2195, 3706, 1163, 2490),
+                *(50276, 586, 4928, 50275),
+            ),
+        ),
+        ("llama3", 128256, (13, 11, 30, 0, 26, 25, 198, 220, 128000)),
+        (
+            "llama3-streaming",
+            128256,
+            (13, 11, 30, 0, 26, 25, 198, 220, 662, 1174, 949, 758, 2652, 551, 720, 256, 262),
+        ),
+        (
+            "llama3-sepcache",
+            128256,
+            (
+                *(13, 11, 30, 0, 26, 25, 198, 220, 662, 1174, 949, 758, 2652, 551, 720, 256, 262),
+                128000,
+            ),
+        ),
+        ("falcon", 65024, (25, 23, 42, 12, 38, 37, 193, 4610, 204, 258, 1212, 23787, 466)),
     ],
 )
-def test_presets(preset, vocabulary_size, first, last, size):
-    attention = SeparatorAttention(preset=preset).for_vocabulary(["a"] * vocabulary_size)
-    ids = attention.separator_ids
-    assert (ids[0], ids[-1], len(set(ids))) == (first, last, size)
+def test_presets(preset, vocabulary_size, ids):
+    attention = SeparatorAttention(preset=preset)
+    vocabulary = ["a"] * vocabulary_size
+    for i in ids:
+        vocabulary[i] = " ."
+    assert attention.for_vocabulary(vocabulary).separator_ids == ids
     with pytest.raises(ConfigError, match="lie outside the tokenizer's 100 tokens"):
-        attention.for_vocabulary(["a"] * 100)
+        attention.for_vocabulary(vocabulary[:100])
+
+
+def test_a_preset_needs_its_own_tokenizer():
+    attention = SeparatorAttention(preset="pythia", characters="")
+    vocabulary = ["a"] * 300
+    for i in (15, 13, 32, 2):
+        vocabulary[i] = "."
+    with pytest.raises(
+        ConfigError, match="preset = 'pythia' is for another tokenizer: 4 of its 9 ids end with"
+    ):
+        attention.for_vocabulary(vocabulary)
+    vocabulary[28] = "\n"
+    assert len(attention.for_vocabulary(vocabulary).separator_ids) == 9
 
 
 def test_ids_that_the_tokens_never_reach_are_no_separators():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import STEPS, environment, losses_of, steps_of
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PATIENCE = 300.0
 
@@ -46,7 +46,20 @@ def finish(processes):
     return [process.returncode for process in processes], outputs
 
 
-def test_two_hosts_have_the_losses_of_one_and_end_and_go_on_together(tiny, finished, tmp_path):
+def assert_finished(run_dir, finished):
+    steps = [line["step"] for line in steps_of(run_dir) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(losses_of(run_dir), losses_of(finished), rtol=1e-4)
+
+
+def test_two_hosts_have_the_losses_of_one(tiny, finished, tmp_path):
+    statuses, outputs = finish(start(tiny, tmp_path / "run"))
+    assert statuses == [0, 0], outputs
+    assert_finished(tmp_path / "run", finished)
+
+
+@pytest.mark.slow
+def test_two_hosts_end_and_go_on_together(tiny, finished, tmp_path):
     run_dir = tmp_path / "run"
     processes = start(tiny, run_dir, "--gin.Train.log_every=1")
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + PATIENCE
@@ -63,10 +76,7 @@ def test_two_hosts_have_the_losses_of_one_and_end_and_go_on_together(tiny, finis
 
     statuses, outputs = finish(start(tiny, run_dir))
     assert statuses == [0, 0], outputs
-    assert [line["step"] for line in steps_of(run_dir) if "loss" in line] == list(
-        range(1, STEPS + 1)
-    )
-    np.testing.assert_allclose(losses_of(run_dir), losses_of(finished), rtol=1e-4)
+    assert_finished(run_dir, finished)
 
 
 def test_they_need_a_directory_that_they_share(tiny, tmp_path, monkeypatch):

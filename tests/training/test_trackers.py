@@ -76,6 +76,9 @@ def test_a_sweep_agent_chooses_the_run(tmp_path: Path) -> None:
 def test_online_without_a_key_does_not_prompt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no API key; run `wandb login`"):
         Wandb(mode="online").start(tmp_path, CONFIG)
+    with pytest.raises(UserError, match="no API key; run `wandb login`"):
+        Wandb(mode="online").check()
+    Wandb(mode="offline").check()
 
 
 def test_the_environment_goes_before_the_config(
@@ -98,6 +101,8 @@ def test_without_wandb_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         Wandb().start(tmp_path, CONFIG)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Wandb().check()
 
 
 @pytest.mark.parametrize("part", ["init", "id"])

@@ -39,6 +39,8 @@ PRESETS: dict[str, tuple[int, ...]] = {
     "falcon": (25, 23, 42, 12, 38, 37, 193, 4610, 204, 258, 1212, 23787, 466),
 }
 
+_CHARACTERS = ".,?!;: \t\n"
+
 
 class SeparatorPlan(NamedTuple):
     """Packed entries, and the range of them that each row attends beside its window."""
@@ -64,7 +66,7 @@ class SeparatorAttention:
 
     window: int = 64
     initial_tokens: int = 3
-    characters: str = ".,?!;: \t\n"
+    characters: str = _CHARACTERS
     preset: str | None = None
     separator_ids: tuple[int, ...] | None = None
 
@@ -92,7 +94,8 @@ class SeparatorAttention:
         """This config with `separator_ids` set, from the preset or from the tokens' text.
 
         Raises:
-          ConfigError: an id lies outside the vocabulary, or no token ends with any character.
+          ConfigError: an id lies outside the vocabulary, no token ends with any character, or the
+            preset's ids are mostly words here.
         """
         ids = self.separator_ids if self.preset is None else PRESETS[self.preset]
         if ids is None:
@@ -109,6 +112,15 @@ class SeparatorAttention:
             f"SeparatorAttention: separator ids {outside} lie outside the tokenizer's "
             f"{len(vocabulary)} tokens",
         )
+        if self.preset is not None:
+            # not all: some lists hold the token that begins a text
+            fitting = sum(vocabulary[i].endswith(tuple(_CHARACTERS)) for i in ids)
+            require(
+                2 * fitting > len(ids),
+                f"SeparatorAttention.preset = {self.preset!r} is for another tokenizer: {fitting} "
+                f"of its {len(ids)} ids end with punctuation or white space in this one; leave "
+                "preset null to find separators by their text",
+            )
         return dataclasses.replace(self, separator_ids=ids)
 
     def plan(
