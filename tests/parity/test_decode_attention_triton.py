@@ -12,8 +12,6 @@ from seqeff_kernels.decode_attention import CacheBlock, decode_attention, triton
 from seqeff_kernels.decode_attention.plan import Plan
 from seqeff_kernels.decode_attention.shapes import SHAPES, Shape, inputs
 
-pytest.importorskip("torch")
-pytest.importorskip("triton")
 pytestmark = pytest.mark.parity
 
 random_inputs = jax.jit(inputs, static_argnames=("shape", "dtype", "full"))
