@@ -40,9 +40,8 @@ MOSAIC_STEPS = (
         (
             {"backward_stages": 1},
             {"backward_stages": 3},
-            # the passes share the number of workers
-            {"workers": 2, "block_entries": 128, "window_entries": 64, "stages": 2},
-            {"workers": 3, "block_entries": 64, "window_entries": 64, "stages": 4},
+            {"backward_workers": 1},
+            {"backward_workers": 3},
         ),
     ),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,15 +15,6 @@ _PILOT = 2
 # of a loop, beside which the host's tenth of a millisecond to start it is nothing
 _SECONDS = 0.1
 _MOST_ITERATIONS = 10_000
-
-
-def device_time(
-    function: Callable[..., Any], *arguments: Any, iterations: int | None = None, repeats: int = 5
-) -> float:
-    """Seconds that one call of `function(*arguments)` takes on the device: see `device_times`."""
-    return statistics.median(
-        device_times(function, [arguments], iterations=iterations, repeats=repeats)
-    )
 
 
 def device_times(
