@@ -111,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "--window", nargs="+", type=_positive, default=[64], help="tokens (default: 64)"
     )
+    backends = ("mosaic", "triton", "auto")
+    attention.add_argument(
+        "--backend", nargs="+", choices=backends, default=backends, help="(default: all)"
+    )
     attention.add_argument("--rivals", action="store_true", help="PyTorch too, where it is here")
     text = "Decoding attention against the bandwidth of a GPU's memory."
     decode = command("decode", _bench_decode, text, among=kinds)
@@ -276,7 +280,14 @@ def _bench_data(options: argparse.Namespace, _: Sequence[str]) -> int:
 def _bench_attention(options: argparse.Namespace, _: Sequence[str]) -> int:
     from seqeff.bench.commands import attention
 
-    attention(options.shapes, options.window, options.rivals, options.json, options.commit)
+    attention(
+        options.shapes,
+        options.window,
+        options.backend,
+        options.rivals,
+        options.json,
+        options.commit,
+    )
     return 0
 
 

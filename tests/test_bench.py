@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,9 @@ def test_gradients_reach_every_input_of_the_timed_call(monkeypatch):
     ((queries, keys, values, cotangent, chosen),) = attention._inputs(shape)
     indices = attention._indices(chosen, 7)
     attend = jax.tree_util.Partial(attention._separators, window=7, backend="reference")
-    attention._measure(attend, [(queries, keys, values, cotangent, indices)])
+    spent = attention._dense_cost(shape)
+    sets = [(queries, keys, values, cotangent, indices)]
+    attention._measure(attend, sets, spent, threading.Lock())
     output, gradients = called["both"]
     assert jnp.array_equal(output, called["forward"])
 
@@ -204,7 +207,7 @@ def test_decode_rows(gpu, tmp_path):
     assert reference == max(written["copy_bytes_per_second"].values())
     rows = {row["implementation"]: row for row in written["results"]}
     # two blocks and new entries, which cuDNN's form cannot take
-    assert set(rows) - {"triton"} == {"xla"}
+    assert set(rows) - {"triton", "mosaic"} == {"xla", "auto"}
     row = rows["xla"]
     assert row["bytes"] == 2 * 2 * (63 + 1000 + 3) * 2 * 64 * 2
     assert row["microseconds"] == 600.0
@@ -220,6 +223,7 @@ def test_cudnn_is_measured_where_one_full_block_is_all(gpu, monkeypatch):
     rows = list(decode.benchmark_decode(["small"], reference=1e12))
     assert [row["implementation"] for row in rows if row["implementation"] != "triton"] == [
         "xla",
+        "auto",
         "cudnn",
     ]
     assert "error" in rows[-1]  # no cuDNN here, and the benchmark went on

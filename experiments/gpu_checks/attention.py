@@ -3,7 +3,7 @@
     python experiments/gpu_checks/attention.py --json experiments/gpu_checks/RESULT.json
 
 Needs one NVIDIA GPU. Exits with status 1 if a check fails. Backends that cannot serve here are
-named with the reason.
+named with the reason. Checks are divided among processes, which compile at the same time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +51,19 @@ def separators(head_dim: int, dtype: str) -> Inputs:
     """Packed initial tokens and separators, and a window; an odd length, grouped heads."""
     queries, keys, values, chosen = _tokens(2, 1000, 8, 2, head_dim, dtype)
     return queries, shapes.separator_sources(keys, values, chosen, 63)
+
+
+def many_blocks(head_dim: int, dtype: str) -> Inputs:
+    """Several blocks of rows for every multiprocessor, so that a program does one after another."""
+    queries, keys, values, chosen = _tokens(4, 1500, 16, 8, head_dim, dtype)
+    return queries, shapes.separator_sources(keys, values, chosen, 200)
+
+
+def named(shape: str, dtype: str) -> Inputs:
+    """A small one of the named shapes."""
+    sizes = shapes.SHAPES[shape]
+    queries, keys, values, chosen = shapes.tokens(sizes, dtype=dtype)
+    return queries, shapes.separator_sources(keys, values, chosen, sizes.window)
 
 
 def documents(head_dim: int, dtype: str) -> Inputs:
@@ -92,7 +107,7 @@ class Case:
 
     backend: str
     make: Callable[..., Inputs]
-    head_dim: int
+    head_dim: int | str
     dtype: str = "bfloat16"
     window: int | str | None = "none"
 
@@ -106,7 +121,8 @@ class Case:
         described = {"backend": self.backend, "case": self.make.__name__}
         if self.window != "none":
             described["window"] = self.window
-        return {**described, "head_dim": self.head_dim, "dtype": self.dtype}
+        size = "shape" if isinstance(self.head_dim, str) else "head_dim"
+        return {**described, size: self.head_dim, "dtype": self.dtype}
 
 
 CASES = (
@@ -115,11 +131,18 @@ CASES = (
     *(
         Case(backend, make, head_dim)
         for backend in ("mosaic", "triton")
-        for make in (separators, documents, random_bounds)
+        for make in (separators, documents, random_bounds, many_blocks)
         for head_dim in (64, 128)
     ),
-    *(Case("triton", separators, head_dim) for head_dim in (80, 96, 256)),
-    *(Case(backend, random_bounds, 128, "float16") for backend in ("mosaic", "triton")),
+    *(
+        Case("triton", make, head_dim)
+        for make in (separators, documents, random_bounds)
+        for head_dim in (80, 96, 256)
+    ),
+    *(Case(b, random_bounds, d, "float16") for b in ("mosaic", "triton") for d in (64, 128)),
+    *(Case("triton", named, shape) for shape in ("odd", "multi-query")),
+    Case("triton", separators, 64, "float32"),
+    *(Case("mosaic", dense, d, window=w) for d in (64, 128) for w in (None, 256)),
 )
 
 
@@ -164,7 +187,9 @@ def check(case: Case) -> dict:
     }
 
 
-def check_decoding(head_dim: int, heads: int, kv_heads: int, rows: int, dtype: str) -> dict:
+def check_decoding(
+    backend: str, head_dim: int, heads: int, kv_heads: int, rows: int, dtype: str
+) -> dict:
     """Relative errors of decoding over two caches and new entries, with NaN beyond the filled."""
     batch, capacities = 3, (1000, 333)
     generator = np.random.default_rng(head_dim)
@@ -184,14 +209,14 @@ def check_decoding(head_dim: int, heads: int, kv_heads: int, rows: int, dtype: s
         blocks.append(CacheBlock(keys, values, filled))
     new = random(batch, rows, kv_heads, head_dim), random(batch, rows, kv_heads, head_dim)
     described = {
-        "backend": "triton",
+        "backend": backend,
         "case": "decoding",
         "head_dim": head_dim,
         "dtype": dtype,
         "heads": [heads, kv_heads],
         "rows": rows,
     }
-    obstacle = explain_decoding(queries, blocks, new=new)["triton"]
+    obstacle = explain_decoding(queries, blocks, new=new)[backend]
     if obstacle != "available":
         return {**described, "passed": None, "obstacle": obstacle}
 
@@ -202,7 +227,7 @@ def check_decoding(head_dim: int, heads: int, kv_heads: int, rows: int, dtype: s
         lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, (queries, blocks, new)
     )
     exact = jax.jit(lambda *x: run("reference", *x))(*wide)
-    kernel = jax.jit(lambda *x: run("triton", *x))
+    kernel = jax.jit(lambda *x: run(backend, *x))
     found = kernel(queries, blocks, new)
     errors = [_error(a, b) for a, b in zip(found, exact, strict=True)]
     same = all(
@@ -218,13 +243,18 @@ def check_decoding(head_dim: int, heads: int, kv_heads: int, rows: int, dtype: s
     }
 
 
+# backend, head size, heads, KV heads, rows
 DECODING = (
-    (128, 32, 32, 1, "bfloat16"),
-    (128, 32, 8, 4, "bfloat16"),
-    (256, 64, 1, 1, "bfloat16"),
-    (64, 12, 12, 2, "float16"),
-    (80, 8, 2, 1, "bfloat16"),
-    (96, 4, 4, 3, "float16"),
+    ("triton", 128, 32, 32, 1, "bfloat16"),
+    ("triton", 128, 32, 8, 4, "bfloat16"),
+    ("triton", 256, 64, 1, 1, "bfloat16"),
+    ("triton", 64, 12, 12, 2, "float16"),
+    ("triton", 80, 8, 2, 1, "bfloat16"),
+    ("triton", 96, 4, 4, 3, "float16"),
+    ("mosaic", 256, 64, 1, 1, "bfloat16"),
+    ("mosaic", 256, 64, 1, 3, "float16"),
+    ("mosaic", 128, 64, 2, 2, "bfloat16"),
+    ("mosaic", 64, 32, 1, 1, "float16"),
 )
 
 
@@ -245,28 +275,55 @@ def _error(found: Array, exact: Array) -> float:
     return float(np.linalg.norm(got[finite] - want[finite]) / (scale or 1.0))
 
 
+def _run(number: int) -> dict:
+    """One check; a failure of any kind is a result."""
+    try:
+        if number < len(CASES):
+            return check(CASES[number])
+        return check_decoding(*DECODING[number - len(CASES)])
+    except Exception as error:  # the other checks are worth having
+        what = CASES[number].describe() if number < len(CASES) else {"case": "decoding"}
+        return {**what, "error": f"{type(error).__name__}: {error}", "passed": False}
+
+
+def _run_part(numbers: Sequence[int]) -> list[dict]:
+    """Checks in a process of their own, which a crash of one ends."""
+    call = [sys.executable, __file__, "--checks", *map(str, numbers)]
+    # else each process takes most of the memory for itself
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lost = len(numbers) - len(found)
+    if lost:
+        found.append({"error": f"{lost} checks lost: {done.stderr[-1000:]}", "passed": False})
+    for result in found:
+        print(json.dumps(result), flush=True)
+    return found
+
+
 def main() -> int:
-    """Runs all checks, compiling several at a time."""
+    """Runs all checks, divided among processes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--workers", type=int, default=8, help="checks at a time")
+    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--checks", type=int, nargs="+", help="by number, in this process")
     options = parser.parse_args()
-    results = []
-    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-        futures = [pool.submit(check, case) for case in CASES]
-        futures += [pool.submit(check_decoding, *arguments) for arguments in DECODING]
-        for future in futures:
-            try:
-                results.append(future.result())
-            except Exception as error:  # the other checks are worth having
-                results.append({"error": f"{type(error).__name__}: {error}", "passed": False})
-            print(json.dumps(results[-1]), flush=True)
+    if options.checks:
+        for number in options.checks:
+            print(json.dumps(_run(number)), flush=True)
+        return 0
+    numbers = range(len(CASES) + len(DECODING))
+    parts = [numbers[part :: options.processes] for part in range(options.processes)]
+    with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
+        found = pool.map(_run_part, filter(len, parts))
+        results = [result for part in found for result in part]
+    results.sort(key=lambda result: json.dumps([str(result.get(k)) for k in ("backend", "case")]))
     device = jax.devices()[0]
     report = {"device": device.device_kind, "versions": versions(), "results": results}
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [result for result in results if result["passed"] is False]
     unserved = sum(result["passed"] is None for result in results)
     passed = len(results) - len(failed) - unserved

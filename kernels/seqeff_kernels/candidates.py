@@ -26,22 +26,19 @@ MOSAIC_STEPS = (
         "forward",
         (
             {"take_turns": False},
-            {"stages": 3},
             {"window_entries": 128},
-            {"block_entries": 64, "stages": 4},
-            {"block_entries": 64, "stages": 5, "take_turns": False},
-            {"workers": 3, "block_entries": 64, "stages": 3},
-            {"workers": 3, "block_entries": 64, "stages": 4},
-            {"workers": 3, "block_entries": 64, "stages": 5},
+            {"block_entries": 64, "stages": 3},
+            {"block_entries": 64, "stages": 3, "take_turns": False},
+            {"workers": 3, "block_entries": 64, "stages": 2},
+            {"workers": 3, "block_entries": 64, "stages": 3, "buffers": 1},
         ),
     ),
     Step(
         "training",
         (
-            {"backward_stages": 1},
-            {"backward_stages": 3},
-            {"backward_workers": 1},
-            {"backward_workers": 3},
+            {"backward_stages": 3, "backward_buffers": 1},
+            {"backward_workers": 1, "backward_stages": 3},
+            {"backward_workers": 3, "backward_buffers": 1},
         ),
     ),
 )
@@ -106,6 +103,8 @@ _DECODE_TILES = (
     (128, 4, 3),
     (128, 8, 3),
 )
+# fewer stages where blocks of queries leave less room, and none where the plan's are the most
+MOSAIC_DECODE_STEPS = (Step("call", [{"stages": stages} for stages in (2, 3, 4, 6)]),)
 _SPLITS = (0.25, 0.5, 0.75, 1.5, 2, 4)
 
 

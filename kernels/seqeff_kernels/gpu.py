@@ -24,6 +24,11 @@ def compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def multiprocessors() -> int:
+    """Of the default device; those of an H200 where it is not a GPU."""
+    return getattr(jax.devices()[0], "core_count", 132)
+
+
 def partition_obstacle() -> str | None:
     """Why a kernel cannot serve arrays that XLA splits over the mesh in use, or None."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ def device_times(
     *,
     iterations: int | None = None,
     repeats: int = 5,
+    alone: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[float]:
     """Seconds that one call of `function` takes on the device, once for every repeat.
 
@@ -34,17 +37,22 @@ def device_times(
       sets: of positional arguments, all of the same shapes.
       iterations: of the loop; None: enough that it takes a tenth of a second.
       repeats: of the loop, after one to warm up.
+      alone: makes what is held while loops run, but not while they compile: a lock, where several
+        processes use the device.
     """
     sets = list(sets)
-    times = None
     if iterations is None:
         loop = compile_loop(function, sets, _PILOT)
-        times = _seconds(loop, sets, repeats=1)
+        with alone():
+            times = _seconds(loop, sets, repeats=1)
         enough = math.ceil(_SECONDS * _PILOT / times[0])
         iterations = min(max(_PILOT, enough), _MOST_ITERATIONS)
-        times = _seconds(loop, sets, repeats) if iterations == _PILOT else None
-    if times is None:
-        times = _seconds(compile_loop(function, sets, iterations), sets, repeats)
+        if iterations != _PILOT:
+            loop = compile_loop(function, sets, iterations)
+    else:
+        loop = compile_loop(function, sets, iterations)
+    with alone():
+        times = _seconds(loop, sets, repeats)
     return [seconds / (iterations * len(sets)) for seconds in times]
 
 

@@ -2,30 +2,53 @@
 
     python -m seqeff_kernels.tune [attention|decode] [SHAPE ...] [--missing] [--table FILE]
 
-Each entry is written as soon as it is found. A candidate that does not compile or run is told and
-skipped.
+Candidates compile in several processes at a time and run one after another. Each entry is written
+as soon as it is found. A candidate that does not compile or run is told and skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import math
+import os
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from seqeff_kernels import gpu, tuning
-from seqeff_kernels.candidates import MOSAIC_STEPS, TRITON_STEPS, Step, decode_steps
+from seqeff_kernels.candidates import (
+    MOSAIC_DECODE_STEPS,
+    MOSAIC_STEPS,
+    TRITON_STEPS,
+    Step,
+    decode_steps,
+)
+from seqeff_kernels.decode_attention import mosaic as decode_mosaic
 from seqeff_kernels.decode_attention import plan as decode_plan
 from seqeff_kernels.decode_attention import shapes as decode_shapes
 from seqeff_kernels.decode_attention import triton as decode_triton
-from seqeff_kernels.range_attention import RangeSource, TokenSource, cost, explain, mosaic, triton
+from seqeff_kernels.range_attention import (
+    RangeSource,
+    Source,
+    TokenSource,
+    cost,
+    cudnn,
+    explain,
+    mosaic,
+    triton,
+)
 from seqeff_kernels.range_attention import shapes as attention_shapes
 from seqeff_kernels.timing import device_times
 
@@ -46,7 +69,9 @@ DECODE_SHAPES = (
     "draft",
 )
 WINDOWS = (64, 256)
-BACKENDS = ("mosaic", "triton")
+# what is attended: packed separators and a window, a window alone, every earlier token
+KINDS = ("separators", "window", "causal")
+BACKENDS = ("mosaic", "triton", "cudnn")
 _DTYPE = jnp.bfloat16
 # of one measurement of a candidate, and rough speeds from which its number of calls follows
 _SECONDS = 0.03
@@ -57,6 +82,16 @@ _ROTATED_BYTES = 1 << 28
 
 # takes a plan and the name of a pass, and gives seconds
 Timer = Callable[[Any, str], float]
+Alone = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class Task(NamedTuple):
+    """What is tuned together: the arguments of a call of this module."""
+
+    operation: str
+    shape: str
+    kind: str | None = None
+    window: int | None = None
 
 
 def search(start: Any, steps: Sequence[Step], timer: Timer) -> tuple[Any, dict[str, float]] | None:
@@ -88,14 +123,20 @@ def search(start: Any, steps: Sequence[Step], timer: Timer) -> tuple[Any, dict[s
 
 
 def tune_attention(
-    name: str, window: int, path: Path, backends: Sequence[str] = BACKENDS, missing: bool = False
+    task: Task,
+    path: Path,
+    backends: Sequence[str] = BACKENDS,
+    missing: bool = False,
+    alone: Alone = contextlib.nullcontext,
 ) -> None:
-    """Tunes the backends that can serve separator attention of a named shape.
+    """Tunes the backends that can serve an attention of a named shape.
 
     With `missing`, entries that the table has already are left as they are.
     """
-    shape = attention_shapes.SHAPES[name]
-    sets, sources = _attention_inputs(shape, window)
+    shape = attention_shapes.SHAPES[task.shape]
+    with alone():
+        sets, sources = _attention_inputs(shape, task)
+        jax.block_until_ready(sets)
     queries, keys, values, _, indices = sets[0]
     made = sources(keys, values, indices)
     key = tuning.attention_key(queries, made)
@@ -104,12 +145,14 @@ def tune_attention(
     starts = {
         "mosaic": (mosaic.Tiles(), MOSAIC_STEPS, mosaic.attend),
         "triton": (triton.plan(shape.head_dim, str(queries.dtype)), TRITON_STEPS, triton.attend),
+        # it has no plan to find, and is timed to be compared
+        "cudnn": (cudnn.Plan(), (Step("forward", ()), Step("training", ())), cudnn.attend),
     }
     for backend in backends:
         start, steps, attend = starts[backend]
         if missing and _listed(path, "attention", backend, key):
             continue
-        print(f"{name} window {window} {backend}: {key}", flush=True)
+        print(f"{task.shape} {backend}: {key}", flush=True)
         if answers[backend] != "available":
             print(f"  {answers[backend]}", flush=True)
             continue
@@ -128,42 +171,45 @@ def tune_attention(
             function, flops = forward, spent.forward_flops
             if timed == "training":
                 function, flops = training, flops + spent.backward_flops
-            return _time(function, sets, len(sets) * flops / _FLOPS_PER_SECOND)
+            return _time(function, sets, len(sets) * flops / _FLOPS_PER_SECOND, alone)
 
-        _record(path, "attention", backend, key, search(start, steps, timer))
+        _record(path, "attention", backend, key, search(start, steps, timer), alone)
 
 
-def tune_decode(name: str, path: Path, missing: bool = False) -> None:
-    """Tunes decoding of a named shape; `missing` as in `tune_attention`."""
-    shape = decode_shapes.SHAPES[name]
-    sizes = {
-        "batch": shape.batch,
-        "kv_heads": shape.kv_heads,
-        "points": shape.rows * shape.heads // shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "entries": shape.entries,
-    }
-    key = tuning.decode_key(dtype=jnp.dtype(_DTYPE).name, **sizes)
-    if missing and _listed(path, "decode", "triton", key):
-        return
-    print(f"{name} triton: {key}", flush=True)
-    make = jax.jit(decode_shapes.inputs, static_argnums=(0, 1, 2))
+def tune_decode(
+    task: Task, path: Path, missing: bool = False, alone: Alone = contextlib.nullcontext
+) -> None:
+    """Tunes the backends that can serve decoding of a named shape; as `tune_attention`."""
+    shape = decode_shapes.SHAPES[task.shape]
     size = shape.entry_bytes(jnp.dtype(_DTYPE).itemsize)
-    count = max(2, math.ceil(4 * _ROTATED_BYTES / size))
-    sets = [make(shape, seed, _DTYPE) for seed in range(count)]
-    obstacle = decode_triton.obstacle(*sets[0])
-    if obstacle:
-        print(f"  {obstacle}", flush=True)
-        return
+    make = jax.jit(decode_shapes.inputs, static_argnums=(0, 2))
+    with alone():
+        count = max(2, math.ceil(4 * _ROTATED_BYTES / size))
+        sets = [make(shape, seed, _DTYPE) for seed in range(count)]
+        jax.block_until_ready(sets)
+    sizes = decode_plan.Sizes.of(*sets[0])
+    key = sizes.key(jnp.dtype(_DTYPE).name)
+    triton_start = decode_plan.plan(sizes, jnp.dtype(_DTYPE).itemsize)
+    starts = {
+        "triton": (triton_start, decode_steps(triton_start), decode_triton),
+        "mosaic": (decode_mosaic.plan(sizes), MOSAIC_DECODE_STEPS, decode_mosaic),
+    }
+    for backend, (start, steps, module) in starts.items():
+        if missing and _listed(path, "decode", backend, key):
+            continue
+        print(f"{task.shape} {backend}: {key}", flush=True)
+        obstacle = module.obstacle(*sets[0])
+        if obstacle:
+            print(f"  {obstacle}", flush=True)
+            continue
 
-    def timer(plan: Any, _: str) -> float:
-        def call(queries, blocks, new):
-            return decode_triton.attend(queries, blocks, new, shape.head_dim**-0.5, plan)[0]
+        def timer(plan: Any, _: str, attend: Callable[..., Any] = module.attend) -> float:
+            def call(queries, blocks, new):
+                return attend(queries, blocks, new, shape.head_dim**-0.5, plan)[0]
 
-        return _time(call, sets, len(sets) * size / _BYTES_PER_SECOND)
+            return _time(call, sets, len(sets) * size / _BYTES_PER_SECOND, alone)
 
-    start = decode_plan.plan(itemsize=jnp.dtype(_DTYPE).itemsize, **sizes)
-    _record(path, "decode", "triton", key, search(start, decode_steps(start), timer))
+        _record(path, "decode", backend, key, search(start, steps, timer), alone)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,13 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "decode": (decode_shapes.SHAPES, DECODE_SHAPES),
     }
     operations = [options.operation] if options.operation else list(known)
-    wanted = []
+    tasks: list[Task] = []
     for operation in operations:
         shapes, default = known[operation]
         for name in options.shapes or default:
             if name not in shapes:
                 return _refuse(f"no shape of {operation} is called {name}: {', '.join(shapes)}")
-            wanted.append((operation, name))
+            if operation == "decode":
+                tasks.append(Task(operation, name))
+                continue
+            for kind in options.kind:
+                windows = [None] if kind == "causal" else options.window
+                tasks += [Task(operation, name, kind, window) for window in windows]
     try:
         found = gpu.compute_capability()
     except (RuntimeError, AssertionError) as error:  # what jax raises where no device is found
@@ -188,25 +239,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found is None:
         return _refuse(f"tuning needs an NVIDIA GPU; JAX's backend is {jax.default_backend()}")
     path = options.table or tuning.table_path(jax.devices()[0].device_kind)
-    for operation, name in wanted:
-        if operation == "decode":
-            tune_decode(name, path, options.missing)
-            continue
-        for window in options.window:
-            tune_attention(name, window, path, options.backend, options.missing)
+    if len(tasks) > 1 and options.processes > 1:
+        return _run_processes(tasks, path, options)
+    for task in tasks:
+        if task.operation == "decode":
+            tune_decode(task, path, options.missing, _lock(options.lock))
+        else:
+            tune_attention(task, path, options.backend, options.missing, _lock(options.lock))
     return 0
+
+
+def _run_processes(tasks: Sequence[Task], path: Path, options: argparse.Namespace) -> int:
+    """Runs this module for every task, several at a time, which a failure cannot spread among."""
+    common = ["--table", str(path), "--backend", *options.backend]
+    common += ["--missing"] if options.missing else []
+    # else each process takes most of the memory for itself
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+    def run(task: Task) -> bool:
+        chosen = [task.operation, task.shape]
+        chosen += ["--kind", task.kind] if task.kind else []
+        chosen += ["--window", str(task.window)] if task.window else []
+        call = [sys.executable, "-m", __spec__.name, *chosen, *common, "--lock", lock.name]
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+        ending = "" if done.returncode == 0 else f"  failed:\n{done.stderr[-2000:]}\n"
+        print(done.stdout + ending, end="", flush=True)
+        return done.returncode == 0
+
+    with (
+        tempfile.NamedTemporaryFile() as lock,
+        concurrent.futures.ThreadPoolExecutor(options.processes) as pool,
+    ):
+        return 0 if all(list(pool.map(run, tasks))) else 1
+
+
+def _lock(path: str | None) -> Alone:
+    """What holds a file's lock, so that one process at a time uses the device."""
+    if path is None:
+        return contextlib.nullcontext
+
+    @contextlib.contextmanager
+    def alone() -> Iterator[None]:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    return alone
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m seqeff_kernels.tune", description=__doc__)
     parser.add_argument("operation", nargs="?", choices=("attention", "decode"))
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="by name")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="of attention")
     parser.add_argument("--window", nargs="+", type=int, default=list(WINDOWS), help="of attention")
     parser.add_argument(
         "--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="of attention"
     )
     parser.add_argument("--missing", action="store_true", help="only what the table lacks")
     parser.add_argument("--table", type=Path, help="written to (default: the package's)")
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--lock", help="a file whose lock is held while the device is used")
     return parser
 
 
@@ -216,29 +309,33 @@ def _refuse(message: str) -> int:
 
 
 def _attention_inputs(
-    shape: attention_shapes.Shape, window: int
-) -> tuple[list[tuple[Any, ...]], Callable[..., tuple[RangeSource, TokenSource]]]:
+    shape: attention_shapes.Shape, task: Task
+) -> tuple[list[tuple[Any, ...]], Callable[..., tuple[Source, ...]]]:
     """Sets of queries, keys, values, cotangent and indices, and what makes sources of them."""
 
     @jax.jit
     def index(chosen):
+        if task.kind != "separators":
+            return ()
         unread = jnp.zeros((*chosen.shape, 1, 1), _DTYPE)
-        far, _ = attention_shapes.separator_sources(unread, unread, chosen, window)
+        far, _ = attention_shapes.separator_sources(unread, unread, chosen, task.window)
         return far.packed, far.start, far.end
 
-    def sources(keys, values, indices):
+    def sources(keys: Array, values: Array, indices: Any) -> tuple[Source, ...]:
+        tokens = TokenSource(keys, values, window=task.window)
+        if not indices:
+            return (tokens,)
         packed, start, end = indices
-        far = RangeSource(keys, values, start, end, packed=packed)
-        return far, TokenSource(keys, values, window=window)
+        return RangeSource(keys, values, start, end, packed=packed), tokens
 
-    make = jax.jit(attention_shapes.tokens, static_argnums=(0, 1, 2))
+    make = jax.jit(attention_shapes.tokens, static_argnums=(0, 2))
+    draw = jax.jit(lambda seed, like: jax.random.normal(jax.random.key(seed), like.shape, _DTYPE))
     heads = shape.heads + 2 * shape.kv_heads
     size = shape.batch * shape.length * heads * shape.head_dim * jnp.dtype(_DTYPE).itemsize
     sets = []
     for seed in range(math.ceil(_ROTATED_BYTES / size)):
         queries, keys, values, chosen = make(shape, seed, _DTYPE)
-        cotangent = jax.random.normal(jax.random.key(1000 + seed), queries.shape, _DTYPE)
-        sets.append((queries, keys, values, cotangent, index(chosen)))
+        sets.append((queries, keys, values, draw(1000 + seed, queries), index(chosen)))
     return sets, sources
 
 
@@ -246,10 +343,14 @@ def _listed(path: Path, operation: str, backend: str, key: str) -> bool:
     return key in tuning.read(path).get(operation, {}).get(backend, {})
 
 
-def _time(function: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float) -> float:
+def _time(
+    function: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float, alone: Alone
+) -> float:
     """Of one call; `seconds` is a guess at a call on every set."""
     iterations = max(2, round(_SECONDS / seconds))
-    return statistics.median(device_times(function, sets, iterations=iterations, repeats=_REPEATS))
+    return statistics.median(
+        device_times(function, sets, iterations=iterations, repeats=_REPEATS, alone=alone)
+    )
 
 
 def _record(
@@ -258,6 +359,7 @@ def _record(
     backend: str,
     key: str,
     found: tuple[Any, dict[str, float]] | None,
+    alone: Alone,
 ) -> None:
     if found is None:
         print("  no candidate works; nothing is written", flush=True)
@@ -265,7 +367,8 @@ def _record(
     plan, times = found
     milliseconds = {timed: round(1e3 * seconds, 4) for timed, seconds in times.items()}
     entry = {"plan": dataclasses.asdict(plan), "milliseconds": milliseconds}
-    tuning.record(path, operation, backend, key, entry)
+    with alone():
+        tuning.record(path, operation, backend, key, entry)
     print(f"  best: {plan}", flush=True)
 
 

@@ -21,6 +21,8 @@ from jaxtyping import Float
 
 from seqeff_kernels.range_attention.sources import Source, TokenSource
 
+# whose devices differ in their memory alone
+_FAMILIES = (("H100", "H200"),)
 FOLDER = Path(__file__).with_name("tuned")
 
 
@@ -38,10 +40,24 @@ def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
     Raises:
       ValueError: the device's table is damaged.
     """
-    entries = read(table_path(jax.devices()[0].device_kind))
-    listed = entries.get(operation, {}).get(backend, {})
+    listed = _device_table().get(operation, {}).get(backend, {})
     nearest = _nearest(key, listed)
     return None if nearest is None else dict(listed[nearest]["plan"])
+
+
+def fastest(operation: str, key: str, backends: Sequence[str]) -> str | None:
+    """Of backends whose entries the table lists, the one of the least time; None if fewer than two.
+
+    Compared are the times of the last pass that entries of all of them have, the longest.
+    """
+    entries = _device_table().get(operation, {})
+    times = {}
+    for backend in backends:
+        listed = entries.get(backend, {})
+        nearest = _nearest(key, listed)
+        if nearest is not None:
+            times[backend] = max(listed[nearest]["milliseconds"].values())
+    return min(times, key=lambda backend: times[backend]) if len(times) > 1 else None
 
 
 def attention_key(
@@ -109,6 +125,21 @@ def record(path: Path, operation: str, backend: str, key: str, entry: Mapping[st
     partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, path)
     read.cache_clear()
+
+
+def _device_table() -> dict[str, dict[str, dict[str, Any]]]:
+    """That of the default device, or of one that differs in its memory alone."""
+    kind = jax.devices()[0].device_kind
+    path = table_path(kind)
+    if not path.exists():
+        relatives = [name for family in _FAMILIES for name in family if _related(kind, family)]
+        tables = sorted(FOLDER.glob("*.json"))
+        path = next((table for table in tables if _related(table.stem, relatives)), path)
+    return read(path)
+
+
+def _related(kind: str, names: Sequence[str]) -> bool:
+    return any(name in kind for name in names)
 
 
 def _kind(source: Source) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,17 +34,27 @@ DEFAULT_WINDOWS = (64,)
 # the indices of packed tokens are built once a step, for all layers
 INDEX_LAYERS = 12
 BASELINE = "cudnn dense"
-_BACKENDS = ("mosaic", "triton")
+BACKENDS = ("mosaic", "triton", "auto")
 _TILE = 128
 _DTYPE = jnp.bfloat16
 # queries, keys and values of all sets: over four times an H200's L2 cache
 _ROTATED_BYTES = 1 << 28
+# of a loop, and a speed that makes it no shorter
+_SECONDS = 0.1
+_FLOPS_PER_SECOND = 7e14
+_MOST_ITERATIONS = 2_000
+# loops that compile at a time, while one runs
+_COMPILING = 8
 
 Indices = tuple[PackedIndices, Int[Array, "batch length"], Int[Array, "batch length"]]
 
 
 def benchmark_attention(
-    names: Sequence[str] = (), windows: Sequence[int] = DEFAULT_WINDOWS, *, rivals: bool = False
+    names: Sequence[str] = (),
+    windows: Sequence[int] = DEFAULT_WINDOWS,
+    *,
+    backends: Sequence[str] = BACKENDS,
+    rivals: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields one row for each shape, window and implementation, as they are measured.
 
@@ -56,6 +68,7 @@ def benchmark_attention(
     Args:
       names: of `seqeff_kernels.range_attention.shapes.SHAPES`; none: the wide ones.
       windows: tokens; each is measured with every shape.
+      backends: of `range_attention`; those that cannot serve are left out.
       rivals: measure PyTorch too; `prepare_rivals` comes before the first use of a device.
     """
     chosen = chosen_shapes(names, SHAPES, DEFAULT_SHAPES)
@@ -65,11 +78,20 @@ def benchmark_attention(
         shape = SHAPES[name]
         inputs = _inputs(shape)
         costs[name, None] = _dense_cost(shape)
-        found = attempt(_measure, _cudnn, inputs)
-        baselines[name] = found
-        yield _row(name, None, BASELINE, False, found, found, costs[name, None])
-        for window in windows:
-            yield from _rows(name, shape, window, inputs, found, costs)
+        with ThreadPoolExecutor(_COMPILING) as pool:
+            alone = threading.Lock()
+            dense = pool.submit(attempt, _measure, _cudnn, inputs, costs[name, None], alone)
+            sparse = [
+                (window, backend, pool.submit(attempt, measure))
+                for window in windows
+                for backend, measure in _separator_calls(
+                    name, window, inputs, backends, costs, alone
+                )
+            ]
+            found = baselines[name] = dense.result()
+            yield _row(name, None, BASELINE, False, found, found, costs[name, None])
+            for window, backend, future in sparse:
+                yield _row(name, window, backend, True, future.result(), found, costs[name, window])
     if rivals:
         for name in chosen:
             for found in torch_attention.run(SHAPES[name], windows):
@@ -79,38 +101,45 @@ def benchmark_attention(
                 yield _row(name, window, label, mode, found, baselines[name], spent)
 
 
-def _rows(
+def _separator_calls(
     name: str,
-    shape: Shape,
     window: int,
     inputs: list[tuple[Array, ...]],
-    baseline: dict[str, Any],
+    backends: Sequence[str],
     costs: dict[tuple[str, int | None], Cost],
-) -> Iterator[dict[str, Any]]:
+    alone: threading.Lock,
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """What measures each backend that can serve; adds what the call costs to `costs`."""
     index = functools.partial(jax.jit(_indices, static_argnums=1), window=window)
     masks = [(chosen,) for *_, chosen in inputs]
-    index_times = device_times(index, masks)
-    sets = [(*arrays, index(chosen)) for *arrays, chosen in inputs]
-    queries, keys, values, _, indices = sets[0]
-    sources = _sources(keys, values, indices, window)
-    costs[name, window] = cost(queries, sources, tile_rows=_TILE, tile_entries=_TILE)
-    answers = explain(queries, sources)
-    available = [backend for backend in _BACKENDS if answers.get(backend) == "available"]
-    for backend in (*available, "auto"):
+    with alone:
+        sets = [(*arrays, index(chosen)) for *arrays, chosen in inputs]
+        queries, keys, values, _, indices = sets[0]
+        sources = _sources(keys, values, indices, window)
+        spent = cost(queries, sources, tile_rows=_TILE, tile_entries=_TILE)
+    costs[name, window] = spent
+    answers = explain(queries, sources) | {"auto": "available"}
+    index_times = functools.cache(lambda: device_times(index, masks, alone=lambda: alone))
+    for backend in backends:
+        if answers.get(backend) != "available":
+            continue
         attend = functools.partial(_separators, window=window, backend=backend)
-        found = attempt(_measure, attend, sets, index_times)
-        yield _row(name, window, backend, True, found, baseline, costs[name, window])
+        yield (
+            backend,
+            lambda attend=attend: _measure(attend, sets, spent, alone, index_times()),
+        )
 
 
 def _inputs(shape: Shape) -> list[tuple[Array, ...]]:
     """Sets of queries, keys, values, the output's cotangent, and which tokens are packed."""
     entries = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     size = shape.batch * shape.length * entries * jnp.dtype(_DTYPE).itemsize
+    make = jax.jit(tokens, static_argnums=(0, 2))
+    draw = jax.jit(lambda seed, like: jax.random.normal(jax.random.key(seed), like.shape, _DTYPE))
     sets = []
     for seed in range(math.ceil(_ROTATED_BYTES / size)):
-        *arrays, chosen = jax.jit(tokens, static_argnums=(0, 1, 2))(shape, seed, _DTYPE)
-        key = jax.random.key(1000 + seed)
-        sets.append((*arrays, jax.random.normal(key, arrays[0].shape, _DTYPE), chosen))
+        *arrays, chosen = make(shape, seed, _DTYPE)
+        sets.append((*arrays, draw(1000 + seed, arrays[0]), chosen))
     return sets
 
 
@@ -156,6 +185,8 @@ def _dense_cost(shape: Shape) -> Cost:
 def _measure(
     attend: Callable[..., Array],
     sets: list[tuple[Any, ...]],
+    spent: Cost,
+    alone: threading.Lock,
     index_times: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Times of `attend(queries, keys, values, extra)`; sets hold the cotangent before `extra`."""
@@ -167,10 +198,16 @@ def _measure(
         output, pull = jax.vjp(lambda *arrays: attend(*arrays, extra), queries, keys, values)
         return output, pull(cotangent)
 
+    def times(function: Callable[..., Any], flops: int) -> list[float]:
+        most = _SECONDS * _FLOPS_PER_SECOND / (flops * len(sets))
+        iterations = min(max(2, round(most)), _MOST_ITERATIONS)
+        return device_times(function, sets, iterations=iterations, alone=lambda: alone)
+
     index = statistics.median(index_times) if index_times else 0.0
+    flops = spent.forward_flops
     found: dict[str, Any] = {
-        "forward": _summary(device_times(forward, sets), index),
-        "forward_and_backward": _summary(device_times(both, sets), index),
+        "forward": _summary(times(forward, flops), index),
+        "forward_and_backward": _summary(times(both, flops + spent.backward_flops), index),
     }
     if index_times:
         found["index_milliseconds"] = round(1e3 * index, 4)

@@ -14,6 +14,7 @@ from seqeff.bench.report import chosen_shapes, prepare_rivals, require_gpu, writ
 def attention(
     shapes: Sequence[str],
     windows: Sequence[int],
+    backends: Sequence[str],
     rivals: bool,
     file: Path | None,
     commit: str | None,
@@ -23,7 +24,7 @@ def attention(
     if rivals:
         prepare_rivals()
     facts = {"device": require_gpu("attention")}
-    rows = attention_bench.benchmark_attention(names, windows, rivals=rivals)
+    rows = attention_bench.benchmark_attention(names, windows, backends=backends, rivals=rivals)
     print(attention_bench.HEADER, flush=True)
     _tell("attention", rows, attention_bench.line, facts, file, commit)
 

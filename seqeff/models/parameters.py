@@ -49,13 +49,22 @@ def parameter_shardings(module: nnx.Module, mesh: jax.sharding.Mesh) -> Any:
     return nnx.to_pure_dict(placed)
 
 
+def batch_axes(mesh: jax.sharding.AbstractMesh, size: int) -> tuple[str, ...] | None:
+    """The mesh axes that a batch is spread over, or None where they do not divide it."""
+    return BATCH_AXES if size % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
+
+
+def head_axis(mesh: jax.sharding.AbstractMesh, size: int) -> str | None:
+    """The mesh axis that heads are spread over, or None where it does not divide them."""
+    return "tensor" if size % mesh.shape["tensor"] == 0 else None
+
+
 def constrain(array: jax.Array, *partition: Any) -> jax.Array:
     """Keeps an activation's batch on the data axes, and other axes as said, under a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array
-    batch = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    first = BATCH_AXES if array.shape[0] % batch == 0 else None
+    first = batch_axes(mesh, array.shape[0])
     rest = (
         axis if axis is None or size % mesh.shape[axis] == 0 else None
         for axis, size in zip(partition, array.shape[1:], strict=True)

@@ -11,7 +11,7 @@ import pytest
 
 from seqeff_kernels import RangeSource, range_attention
 from seqeff_kernels.decode_attention import CacheBlock, decode_attention, explain, triton
-from seqeff_kernels.decode_attention.plan import MAXIMUM_SPLITS, plan, query_tile
+from seqeff_kernels.decode_attention.plan import MAXIMUM_SPLITS, Sizes, plan, query_tile
 from seqeff_kernels.decode_attention.shapes import SHAPES, inputs
 
 SCALE = 0.3
@@ -247,14 +247,14 @@ def test_plans_fill_the_chip_and_stay_within_it():
         for kv_heads, points in ((32, 1), (8, 4), (1, 64), (1, 256)):
             for head_dim in (64, 80, 128, 256):
                 for entries in (1, 63, 1000, 65536):
-                    planned = plan(
+                    sizes = Sizes(
                         batch=batch,
                         kv_heads=kv_heads,
                         points=points,
                         head_dim=head_dim,
                         entries=entries,
-                        itemsize=2,
                     )
+                    planned = plan(sizes, itemsize=2)
                     tile = planned.tile_entries
                     assert tile in (16, 32, 64, 128) and 1 <= planned.splits <= MAXIMUM_SPLITS
                     assert tile == 16 or tile < 2 * entries

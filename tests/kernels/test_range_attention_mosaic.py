@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from seqeff_kernels.range_attention import mosaic, reference
 from seqeff_kernels.range_attention.shapes import Shape, separator_sources, tokens
@@ -31,41 +30,12 @@ def test_obstacles_say_what_is_wrong():
 
 
 if jax.__version_info__ >= (0, 11):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
     from jax.sharding import AbstractDevice, AbstractMesh
-
-    from seqeff_kernels.range_attention.mosaic import forward, gradients, pieces
+    from mosaic_interpreter import interpreted
 
     @pytest.fixture
     def plain_products(monkeypatch):
-        """Replaces what the interpreter lacks: the tensor cores' products, and register layouts."""
-
-        def times_transposed(left, right, meanwhile=lambda: None):
-            product = jnp.dot(
-                left[...].astype(jnp.float32),
-                right[...].astype(jnp.float32).T,
-            )
-            meanwhile()
-            return product
-
-        def add_product(total, left, right):
-            return total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
-
-        replacements = {
-            "times_transposed": times_transposed,
-            "add_product": add_product,
-            "load_rows": lambda ref: ref[...],
-            "load_columns": lambda ref: ref[...],
-            "filled": functools.partial(jnp.full, dtype=jnp.float32),
-            "indices": lambda shape, axis: lax.broadcasted_iota(jnp.int32, shape, axis),
-            "shared_memory": plgpu.SMEM,
-        }
-        for name, replacement in replacements.items():
-            assert hasattr(pieces, name)
-            for module in (pieces, forward, gradients):
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, replacement)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with interpreted(monkeypatch):
             yield
 
     def separators(length, heads, kv_heads, window, head_dim=64):

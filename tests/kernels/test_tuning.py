@@ -1,5 +1,6 @@
 """Tables of tuned plans, and the search that fills them; no GPU is needed."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from seqeff_kernels import PackedIndices, RangeSource, TokenSource, tune, tuning
+from seqeff_kernels.decode_attention import mosaic as decode_mosaic
 from seqeff_kernels.decode_attention.plan import Plan
 from seqeff_kernels.range_attention import mosaic, triton
 
@@ -104,7 +106,9 @@ def test_the_tables_of_the_package_can_be_read():
             for backend, entries in kinds.items():
                 for entry in entries.values():
                     if operation == "decode":
-                        Plan(**entry["plan"])
+                        (Plan if backend == "triton" else decode_mosaic.Plan)(**entry["plan"])
+                    elif backend == "cudnn":
+                        assert entry["plan"] == {}
                     elif backend == "mosaic":
                         mosaic.Tiles(**entry["plan"])
                     else:
@@ -145,7 +149,7 @@ def test_a_search_without_a_working_candidate_writes_nothing(tmp_path, capsys):
         raise NotImplementedError("no")
 
     assert tune.search(mosaic.Tiles(), tune.MOSAIC_STEPS, timer) is None
-    tune._record(tmp_path / "x.json", "attention", "mosaic", "key", None)
+    tune._record(tmp_path / "x.json", "attention", "mosaic", "key", None, contextlib.nullcontext)
     assert not list(tmp_path.iterdir())
     assert "no candidate works" in capsys.readouterr().out
 
@@ -169,11 +173,16 @@ def test_every_candidate_is_a_plan():
     assert all(1 <= plan.splits <= 256 for plan in counted)
 
 
+QUICKSTART = ("attention", "quickstart", "--window", "64", "--kind", "separators")
+
+
 def fake_timing(monkeypatch):
     """Times by the plan alone, without running anything."""
 
-    def time(function, sets, seconds):
+    def time(function, sets, seconds, alone):
         assert seconds > 0
+        with alone():
+            pass
         jax.eval_shape(function, *sets[0])
         return 1.0
 
@@ -201,11 +210,12 @@ def test_tuning_attention_writes_the_best_plan_of_each_backend(table, monkeypatc
 
     for backend in (mosaic, triton):
         monkeypatch.setattr(backend, "attend", attend)
-    answers = {"mosaic": "it needs a GPU", "triton": "available"}
+    unserved = {"mosaic": "it needs a GPU", "cudnn": "it serves one TokenSource"}
+    answers = unserved | {"triton": "available"}
     monkeypatch.setattr(tune, "explain", lambda *_: answers)
     monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
     path = tmp_path / "made/here.json"
-    assert tune.main(["attention", "quickstart", "--window", "64", "--table", str(path)]) == 0
+    assert tune.main([*QUICKSTART, "--table", str(path)]) == 0
     written = json.loads(path.read_text())
     expected = "bfloat16 head_dim=64 group=1 packed+window64 rows=256"
     assert list(written) == ["attention"]
@@ -225,15 +235,14 @@ def test_what_is_listed_is_not_tuned_again(table, monkeypatch):
         tuning.record(table, "attention", backend, listed, {"plan": {}})
     before = table.read_text()
     monkeypatch.setattr(tune, "search", None)
-    arguments = ["attention", "quickstart", "--window", "64"]
-    assert tune.main([*arguments, "--missing"]) == 0
+    assert tune.main([*QUICKSTART, "--missing"]) == 0
     assert table.read_text() == before
     monkeypatch.setattr(tune, "explain", lambda *_: dict.fromkeys(tune.BACKENDS, "available"))
     with pytest.raises(TypeError):
-        tune.main([*arguments, "--backend", "triton"])
+        tune.main([*QUICKSTART, "--backend", "triton"])
 
 
-def test_tuning_decoding(table, monkeypatch):
+def test_tuning_decoding(table, monkeypatch, capsys):
     fake_timing(monkeypatch)
     backend = SimpleNamespace(
         obstacle=lambda *_: None, attend=lambda queries, blocks, new, scale, plan: (queries, None)
@@ -241,14 +250,81 @@ def test_tuning_decoding(table, monkeypatch):
     monkeypatch.setattr(tune, "decode_triton", backend)
     monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
     assert tune.main(["decode", "odd"]) == 0
-    found = tuning.choose(
-        "decode",
-        "triton",
-        tuning.decode_key(
-            dtype="bfloat16", head_dim=64, kv_heads=2, points=6, batch=2, entries=1066
-        ),
+    key = tuning.decode_key(
+        dtype="bfloat16", head_dim=64, kv_heads=2, points=6, batch=2, entries=1066
     )
-    assert Plan(**found)
+    assert Plan(**tuning.choose("decode", "triton", key))
+    if jax.__version_info__ < (0, 11):
+        assert "  it needs jax 0.11" in capsys.readouterr().out
+    else:
+        assert decode_mosaic.Plan(**tuning.choose("decode", "mosaic", key))
+
+
+def test_several_tasks_run_in_processes_of_their_own(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tune.gpu, "compute_capability", lambda: (9, 0))
+    called = []
+
+    def run(call, **_):
+        called.append(call)
+        failed = "128" in call
+        return SimpleNamespace(returncode=int(failed), stdout="  best\n", stderr="out of memory")
+
+    monkeypatch.setattr(tune.subprocess, "run", run)
+    monkeypatch.setattr(tune, "__spec__", SimpleNamespace(name="seqeff_kernels.tune"), False)
+    arguments = ["attention", "wide-2k", "--window", "64", "128", "--missing"]
+    assert tune.main([*arguments, "--table", str(tmp_path / "x.json"), "--processes", "2"]) == 1
+    assert sorted(call[3:9] for call in called) == [
+        ["attention", "wide-2k", "--kind", "causal", "--table", str(tmp_path / "x.json")],
+        *(
+            ["attention", "wide-2k", "--kind", kind, "--window", window]
+            for kind in ("separators", "window")
+            for window in ("128", "64")
+        ),
+    ]
+    assert all("--missing" in call and "--lock" in call for call in called)
+    printed = capsys.readouterr().out
+    assert printed.count("best") == 5 and printed.count("out of memory") == 2
+
+
+@pytest.mark.parametrize("kind", tune.KINDS)
+def test_the_kinds_of_attention(kind):
+    shape = tune.attention_shapes.SHAPES["multi-query"]
+    sets, sources = tune._attention_inputs(
+        shape, tune.Task("attention", "", kind, None if kind == "causal" else 7)
+    )
+    queries, keys, values, cotangent, indices = sets[0]
+    assert cotangent.shape == queries.shape
+    expected = {"separators": "packed+window8", "window": "window8", "causal": "causal"}
+    key = tuning.attention_key(queries, sources(keys, values, indices))
+    assert f" {expected[kind]} " in key
+
+
+def test_the_fastest_that_is_listed(table):
+    listed = {"mosaic": 2.0, "cudnn": 3.0, "triton": 1.0}
+    for backend, time in listed.items():
+        entry = {"plan": {}, "milliseconds": {"forward": 0.1, "training": time}}
+        tuning.record(table, "attention", backend, key(1024), entry)
+    assert tuning.fastest("attention", key(1024), ("cudnn", "mosaic")) == "mosaic"
+    assert tuning.fastest("attention", key(900), tuple(listed)) == "triton"
+    # of one alone nothing is known
+    assert tuning.fastest("attention", key(1024), ("cudnn", "xla")) is None
+    assert tuning.fastest("attention", key(1024, window=256), tuple(listed)) is None
+
+
+def test_a_device_without_a_table_takes_its_relatives(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.record(
+        tmp_path / "NVIDIA_H100_80GB_HBM3.json", "decode", "triton", "k", {"plan": {"a": 1}}
+    )
+
+    def on(kind):
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+        return tuning.choose("decode", "triton", "k")
+
+    assert on("NVIDIA H200") == on("NVIDIA H100 80GB HBM3") == {"a": 1}
+    assert on("NVIDIA A100-SXM4-80GB") is None
+    tuning.record(tuning.table_path("NVIDIA H200"), "decode", "triton", "k", {"plan": {"a": 2}})
+    assert on("NVIDIA H200") == {"a": 2}
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,16 @@ from typing import Literal
 from jax import Array, custom_jvp
 from jaxtyping import Float
 
-from seqeff_kernels.decode_attention import reference, triton, xla
+from seqeff_kernels import tuning
+from seqeff_kernels.decode_attention import mosaic, reference, triton, xla
 from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries, check
+from seqeff_kernels.decode_attention.plan import Sizes
 
-Backend = Literal["auto", "reference", "xla", "triton"]
+Backend = Literal["auto", "reference", "xla", "triton", "mosaic"]
 
-_BACKENDS = {"reference": reference, "xla": xla, "triton": triton}
+_BACKENDS = {"reference": reference, "xla": xla, "triton": triton, "mosaic": mosaic}
+# those of GPUs, the first where the table says nothing
+_KERNELS = ("triton", "mosaic")
 
 
 def decode_attention(
@@ -56,8 +60,7 @@ def decode_attention(
     blocks = tuple(blocks)
     check(queries, blocks, new)
     if backend == "auto":
-        obstacle = triton.obstacle(queries, blocks, new)
-        chosen = xla if obstacle or not triton.tested(queries) else triton
+        chosen = _BACKENDS[automatic(queries, blocks, new=new)]
     elif backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     else:
@@ -67,6 +70,26 @@ def decode_attention(
             raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
     factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
     return _attend(chosen.attend, factor, queries, blocks, new)
+
+
+def automatic(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: Sequence[CacheBlock],
+    *,
+    new: NewEntries | None = None,
+) -> str:
+    """The backend that `auto` takes here; reads shapes and dtypes only, as `explain` does."""
+    blocks = tuple(blocks)
+    check(queries, blocks, new)
+    serving = [
+        name
+        for name in _KERNELS
+        if _BACKENDS[name].tested(queries) and not _BACKENDS[name].obstacle(queries, blocks, new)
+    ]
+    if not serving:
+        return "xla"
+    key = Sizes.of(queries, blocks, new).key(str(queries.dtype))
+    return tuning.fastest("decode", key, serving) or serving[0]
 
 
 def explain(

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
+
+from jax import Array
+
+from seqeff_kernels import tuning
+from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries
 
 MAXIMUM_SPLITS = 256
 
@@ -18,6 +24,46 @@ _TILE_BYTES = 16 * 1024
 _SPLIT_BYTES = 256 * 1024
 # of the bytes of the entries, that partial outputs may cost, written and read
 _PARTIAL_SHARE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What of a call is known while tracing.
+
+    Attributes:
+      points: query rows times the heads of one KV head, which share its entries.
+      entries: the capacities of all blocks, and the new entries.
+    """
+
+    batch: int
+    kv_heads: int
+    points: int
+    head_dim: int
+    entries: int
+
+    @classmethod
+    def of(cls, queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> Self:
+        """The sizes of a call."""
+        batch, rows, heads, head_dim = queries.shape
+        kv_heads = blocks[0].keys.shape[2]
+        return cls(
+            batch=batch,
+            kv_heads=kv_heads,
+            points=rows * heads // kv_heads,
+            head_dim=head_dim,
+            entries=sum(b.keys.shape[1] for b in blocks) + (0 if new is None else rows),
+        )
+
+    def key(self, dtype: str) -> str:
+        """The key of the table of tuned plans."""
+        return tuning.decode_key(
+            dtype=dtype,
+            head_dim=self.head_dim,
+            kv_heads=self.kv_heads,
+            points=self.points,
+            batch=self.batch,
+            entries=self.entries,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +83,9 @@ class Plan:
     num_stages: int
 
 
-def plan(
-    *, batch: int, kv_heads: int, points: int, head_dim: int, entries: int, itemsize: int
-) -> Plan:
-    """The plan where nothing is tuned.
-
-    Args:
-      points: query rows times the heads of one KV head, which share its entries.
-      entries: the capacities of all blocks, and the new entries.
-      itemsize: bytes of an element of the keys.
-    """
+def plan(sizes: Sizes, itemsize: int) -> Plan:
+    """The plan where nothing is tuned; `itemsize` is of an element of the keys."""
+    points, head_dim, entries = sizes.points, sizes.head_dim, sizes.entries
     row_bytes = power_of_two(head_dim) * itemsize
     wide = query_tile(points) >= _WIDE_POINTS
     tile = max(64 if wide else 16, min(128, _TILE_BYTES // row_bytes))
@@ -59,7 +98,7 @@ def plan(
         shared = 2 * (stages - 1) * tile * row_bytes + _SCRATCH
     resident = max(1, _SHARED_MEMORY // shared)
 
-    programs = batch * kv_heads * -(-points // query_tile(points))
+    programs = sizes.batch * sizes.kv_heads * -(-points // query_tile(points))
     read = 2 * entries * head_dim * itemsize
     partial = 2 * points * head_dim * 4
     fill = _PROCESSORS * resident // programs

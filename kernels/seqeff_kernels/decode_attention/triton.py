@@ -9,7 +9,8 @@ from jaxtyping import Float
 
 from seqeff_kernels import tuning
 from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries
-from seqeff_kernels.decode_attention.plan import Plan, plan, power_of_two, query_tile
+from seqeff_kernels.decode_attention.merge import merge
+from seqeff_kernels.decode_attention.plan import Plan, Sizes, plan, power_of_two, query_tile
 from seqeff_kernels.gpu import compute_capability, triton_call, triton_obstacle
 
 MAXIMUM_BLOCKS = 3
@@ -54,19 +55,11 @@ def attend(
     from seqeff_kernels.decode_attention import triton_kernels
 
     batch, rows, heads, head_dim = queries.shape
-    kv_heads = blocks[0].keys.shape[2]
-    points = rows * heads // kv_heads
+    sizes = Sizes.of(queries, blocks, new)
+    kv_heads, points = sizes.kv_heads, sizes.points
     if planned is None:
-        sizes = {
-            "batch": batch,
-            "kv_heads": kv_heads,
-            "points": points,
-            "head_dim": head_dim,
-            "entries": sum(b.keys.shape[1] for b in blocks) + (0 if new is None else rows),
-        }
-        key = tuning.decode_key(dtype=str(queries.dtype), **sizes)
-        tuned = tuning.choose("decode", "triton", key)
-        planned = Plan(**tuned) if tuned else plan(**sizes, itemsize=queries.dtype.itemsize)
+        tuned = tuning.choose("decode", "triton", sizes.key(str(queries.dtype)))
+        planned = Plan(**tuned) if tuned else plan(sizes, queries.dtype.itemsize)
 
     absent = (queries, blocks[0].keys, blocks[0].values, blocks[0].filled)
     inputs = [
@@ -101,23 +94,9 @@ def attend(
         POINTS=query_tile(points),
         TILE=planned.tile_entries,
     )
-    if splits == 1:
-        return output[:, 0], logsumexp[:, 0]
-    columns = 64
-    output, logsumexp = triton_call(
-        triton_kernels.merge,
-        [output, logsumexp],
-        [
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-            jax.ShapeDtypeStruct((batch, rows, heads), jnp.float32),
-        ],
-        grid=(rows * heads, batch, -(-head_dim // columns)),
-        num_warps=4,
-        num_stages=1,
-        POINTS=rows * heads,
-        HEAD_DIM=head_dim,
-        SPLITS=splits,
-        PADDED_SPLITS=power_of_two(splits),
-        COLUMNS=columns,
+    output, logsumexp = merge(
+        output.reshape(batch, splits, rows * heads, head_dim),
+        logsumexp.reshape(batch, splits, rows * heads),
+        queries.dtype,
     )
-    return output, logsumexp
+    return output.reshape(queries.shape), logsumexp.reshape(batch, rows, heads)

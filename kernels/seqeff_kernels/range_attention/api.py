@@ -8,6 +8,7 @@ from typing import Literal
 from jax import Array
 from jaxtyping import Float
 
+from seqeff_kernels import tuning
 from seqeff_kernels.range_attention import cudnn, mosaic, reference, triton, xla
 from seqeff_kernels.range_attention.sources import Source
 
@@ -20,7 +21,7 @@ _BACKENDS = {
     "mosaic": mosaic,
     "triton": triton,
 }
-# those of GPUs, the fastest first
+# those of GPUs, the first where the table says nothing
 _KERNELS = ("cudnn", "mosaic", "triton")
 
 
@@ -77,11 +78,15 @@ def automatic(queries: Float[Array, "batch rows heads head_dim"], sources: Seque
     """The backend that `auto` takes here; reads shapes and dtypes only, as `explain` does."""
     sources = tuple(sources)
     _check(queries, sources)
-    for name in _KERNELS:
-        backend = _BACKENDS[name]
-        if backend.obstacle(queries, sources) is None and backend.tested(queries):
-            return name
-    return "xla"
+    serving = [
+        name
+        for name in _KERNELS
+        if _BACKENDS[name].tested(queries) and not _BACKENDS[name].obstacle(queries, sources)
+    ]
+    if not serving:
+        return "xla"
+    key = tuning.attention_key(queries, sources)
+    return tuning.fastest("attention", key, serving) or serving[0]
 
 
 def explain(

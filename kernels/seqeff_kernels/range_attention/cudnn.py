@@ -7,6 +7,7 @@ dtype.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import cast
 
 import jax
@@ -24,6 +25,11 @@ from seqeff_kernels.range_attention.sources import Source, TokenSource
 # head sizes and devices that experiments/gpu_checks/cudnn_h200.json covers
 TESTED_HEAD_DIMS = (64, 80)
 TESTED_CAPABILITIES = ((9, 0),)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Nothing: cuDNN makes its own."""
 
 
 def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
@@ -58,9 +64,13 @@ def tested(queries: Array) -> bool:
 
 
 def attend(
-    queries: Float[Array, "batch rows heads head_dim"], sources: tuple[Source, ...], scale: float
+    queries: Float[Array, "batch rows heads head_dim"],
+    sources: tuple[Source, ...],
+    scale: float,
+    plan: Plan | None = None,
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
-    """See `range_attention`."""
+    """See `range_attention`; there is nothing to plan."""
+    del plan
     (source,) = sources
     assert isinstance(source, TokenSource)
     own = queries if source.queries is None else source.queries

@@ -48,6 +48,14 @@ SHAPES = {
     "wide-2k": Shape(batch=16, length=2048, heads=16, kv_heads=16, head_dim=128),
     "wide-8k": Shape(batch=4, length=8192, heads=16, kv_heads=16, head_dim=128),
     "wide-32k": Shape(batch=1, length=32768, heads=16, kv_heads=16, head_dim=128),
+    # a fifth of the tokens are separators
+    "wide-4k-dense": Shape(batch=8, length=4096, heads=16, kv_heads=16, head_dim=128, density=0.2),
+    "pythia-160m-4k-dense": Shape(
+        batch=8, length=4096, heads=12, kv_heads=12, head_dim=64, density=0.2
+    ),
+    "grouped-4k-dense": Shape(
+        batch=8, length=4096, heads=32, kv_heads=8, head_dim=128, density=0.2
+    ),
     "wide-128k": Shape(batch=1, length=131072, heads=16, kv_heads=16, head_dim=128),
 }
 

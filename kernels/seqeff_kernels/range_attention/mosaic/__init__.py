@@ -9,6 +9,7 @@ a table that XLA makes from the bounds. Every sum is taken in one order: results
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import cast
 
 import jax
@@ -40,16 +41,29 @@ _LINES = 8
 
 def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
     """Why this backend cannot serve, or None."""
+    arrays = [queries, *(x for s in sources for x in (s.keys, s.values, s.queries))]
+    return kernel_obstacle([x for x in arrays if x is not None], HEAD_DIMS, len(sources), "sources")
+
+
+def kernel_obstacle(
+    arrays: Sequence[Array], head_dims: Sequence[int], lists: int, listed: str
+) -> str | None:
+    """Why the kernels cannot serve arrays of [batch, entries, heads, head_dim] here, or None.
+
+    Args:
+      lists: how many lists of entries there are.
+      listed: what they are called.
+    """
     if jax.__version_info__ < _OLDEST_JAX:
         return f"it needs jax 0.11 or newer, not {jax.__version__}"
-    arrays = [queries, *(x for s in sources for x in (s.keys, s.values, s.queries))]
-    dtypes = {jnp.dtype(x.dtype).name for x in arrays if x is not None}
+    dtypes = {jnp.dtype(x.dtype).name for x in arrays}
     if dtypes not in ({"bfloat16"}, {"float16"}):
         return f"it needs bfloat16 or float16 throughout, not {' and '.join(sorted(dtypes))}"
-    if queries.shape[-1] not in HEAD_DIMS:
-        return f"head_dim {queries.shape[-1]} is not one of {HEAD_DIMS}"
-    if len(sources) > _MOST_SOURCES:
-        return f"it serves up to {_MOST_SOURCES} sources, not {len(sources)}"
+    head_dim = arrays[0].shape[-1]
+    if head_dim not in head_dims:
+        return f"head_dim {head_dim} is not one of {tuple(head_dims)}"
+    if lists > _MOST_SOURCES:
+        return f"it serves up to {_MOST_SOURCES} {listed}, not {lists}"
     capability = gpu.compute_capability()
     if capability != (9, 0):
         found = jax.default_backend() if capability is None else f"{capability[0]}.{capability[1]}"
@@ -79,7 +93,8 @@ def attend(
         if not same:
             distinct.append(own)
     made, static = operands(queries, sources)
-    plan = Plan(tuple(which), static, scale, tiles or _tuned(queries, sources))
+    tiles = (tiles or _tuned(queries, sources)).fitted(queries.shape[-1], len(distinct))
+    plan = Plan(tuple(which), static, scale, tiles)
     output, logsumexp = cast(
         tuple[Array, Array],
         _attend(
@@ -101,7 +116,8 @@ def _attend(queries: tuple[Array, ...], made: tuple[Operand, ...], plan: Plan):
     # importing Pallas takes a while, and it is needed on Hopper alone
     from seqeff_kernels.range_attention.mosaic.forward import forward
 
-    return forward(queries, _sources(made, plan.static), plan)
+    output, logsumexp = forward(queries, _sources(made, plan.static), plan)
+    return output, jnp.swapaxes(logsumexp[..., : output.shape[1]], 1, 2)
 
 
 def _attend_forward(queries, made, plan):

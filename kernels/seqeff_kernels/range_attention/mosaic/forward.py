@@ -15,53 +15,65 @@ from jaxtyping import Float
 from seqeff_kernels.range_attention.mosaic.pieces import (
     LOG2E,
     LOWEST,
+    Ring,
     add_product,
-    await_all_free,
-    bound_line,
-    copy_entries,
+    clear_from,
+    copy_tiles,
     filled,
+    for_each_item,
     indices,
-    load_rows,
+    launch,
     mask_edge,
-    padded_bounds,
-    read_visits,
     roles,
-    row_visits,
     shared_memory,
-    slot_index,
+    split_item,
     spread,
-    threads,
     times_transposed,
     visit_all,
 )
+from seqeff_kernels.range_attention.mosaic.rows import Rows
 from seqeff_kernels.range_attention.mosaic.tiles import Plan
 from seqeff_kernels.range_attention.sources import ListedSource
 
 
 def forward(
-    queries: Sequence[Array], sources: Sequence[ListedSource], plan: Plan
-) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
-    """Output and logsumexp."""
+    queries: Sequence[Array],
+    sources: Sequence[ListedSource],
+    plan: Plan,
+    *,
+    splits: int = 1,
+    clear_values: bool = False,
+) -> tuple[
+    Float[Array, "batch_splits rows heads head_dim"], Float[Array, "batch_splits heads rows"]
+]:
+    """Output and logsumexp, whose rows are filled up to whole programs.
+
+    Args:
+      splits: parts of the entries, of which each gives an output, in float32 and with its rows
+        filled up too, and a logsumexp.
+      clear_values: values past the last row's end may be NaN; else no entry may be.
+    """
     tiles, factor = plan.tiles, plan.scale * LOG2E
     batch, rows, heads, head_dim = queries[0].shape
     dtype = queries[0].dtype
     block, workers, stages = tiles.block_rows, tiles.workers, tiles.stages
-    bounds = [padded_bounds(s, tiles) for s in sources]
-    tables = [
-        row_visits(*b, s.keys.shape[1], size, tiles)
-        for s, b, size in zip(sources, bounds, plan.entries, strict=True)
-    ]
-    programs = bounds[0][0].shape[-1] // (block * workers)
+    group = heads // sources[0].keys.shape[2]
+    cut = Rows(sources, plan.entries, tiles, splits)
+    items = cut.programs * batch * splits * heads
+    largest = max(plan.entries)
 
     def kernel(query_refs, source_refs, output_ref, logsumexp_ref, scratch):
-        query_smem, key_smem, value_smem, logsumexp_smem, barriers = scratch
-        query_ready, key_ready, value_ready, key_free, value_free, turn = barriers
-        batch_index, head = lax.axis_index("batch"), lax.axis_index("heads")
-        kv_head = lax.div(head, jnp.int32(heads // sources[0].keys.shape[2]))
-        # later rows attend more
-        program = programs - 1 - lax.axis_index("programs")
-        worker = lax.axis_index("worker")
+        rows_scratch, key_scratch, value_scratch, turn = scratch
+        own_ring = Ring(tiles.buffers, *rows_scratch)
+        key_ring, value_ring = Ring(stages, *key_scratch), Ring(stages, *value_scratch)
+        query_smem, bounds_smem = own_ring.buffers
         alternate = tiles.take_turns and workers == 2
+
+        def locate(item):
+            batch_index, program, split, head = split_item(item, cut.programs, splits, heads)
+            # later rows attend more
+            program = cut.programs - 1 - program
+            return program, batch_index, split, head, lax.div(head, jnp.int32(group))
 
         def end_turn():
             if alternate:
@@ -71,152 +83,185 @@ def forward(
             if alternate:
                 plgpu.barrier_wait(turn)
 
-        def compute():
-            row_block = program * workers + worker
-            own_rows = pl.ds(row_block * block, block)
-            for i, ref in enumerate(query_refs):
-                plgpu.copy_gmem_to_smem(
-                    ref.at[batch_index, own_rows, head],
-                    query_smem.at[i, worker],
-                    query_ready.at[worker],
-                )
-            plgpu.barrier_wait(query_ready.at[worker])
-
+        def compute(worker):
             @pl.when(worker == 1)
             def _():
                 end_turn()
                 await_turn()
 
-            carry = (
-                filled((block, head_dim), 0),
-                filled((block,), LOWEST),
-                filled((block,), 0),
-            )
-            copied = jnp.int32(0)
-            for refs, size, q in zip(source_refs, plan.entries, plan.queries, strict=True):
-                _, _, start_ref, end_ref, table_ref = refs
-                visits = read_visits(table_ref, batch_index, kv_head, row_block)
-                start, end = (
-                    load_rows(ref.at[(*bound_line(ref, batch_index, kv_head), own_rows)])
-                    for ref in (start_ref, end_ref)
+            def one_item(item, step, copied):
+                program, batch_index, split, head, _ = locate(item)
+                own = own_ring.slot(step)
+                own_ring.take(own)
+                carry = (
+                    filled((block, head_dim), 0),
+                    filled((block,), LOWEST),
+                    filled((block,), 0),
                 )
-                slot_of = functools.partial(slot_index, copied - visits.copied_first, stages)
-
-                def skip(tile, slot_of=slot_of):
-                    slot = slot_of(tile)
-                    for ready, free in ((key_ready, key_free), (value_ready, value_free)):
-                        plgpu.barrier_wait(ready.at[slot])
-                        plgpu.barrier_arrive(free.at[slot])
-                        end_turn()
-                        await_turn()
-
-                def visit(
-                    tile, carry, visits=visits, size=size, q=q, bounds=(start, end), slot_of=slot_of
+                all_visits = cut.visits(bounds_smem, own, worker, split)
+                for index, (visits, size, q) in enumerate(
+                    zip(all_visits, plan.entries, plan.queries, strict=True)
                 ):
-                    weighted, maximum, total = carry
-                    slot = slot_of(tile)
-                    plgpu.barrier_wait(key_ready.at[slot])
+                    bounds = cut.bounds(bounds_smem, own, index, worker)
 
-                    def meanwhile():
+                    def slot_of(tile, copied=copied, visits=visits):
+                        return key_ring.slot(copied + tile - visits.copied_first)
+
+                    def skip(tile, slot_of=slot_of):
+                        slot = slot_of(tile)
+                        for ring in (key_ring, value_ring):
+                            ring.skip(slot)
+                            end_turn()
+                            await_turn()
+
+                    def visit(tile, carry, index=index, visits=visits, size=size, q=q,
+                              bounds=bounds, slot_of=slot_of):  # fmt: skip
+                        weighted, maximum, total = carry
+                        slot = slot_of(tile)
+                        key_ring.take(slot)
+
+                        def meanwhile():
+                            end_turn()
+                            await_turn()
+
+                        scores = times_transposed(
+                            query_smem.at[own, q, worker],
+                            key_ring.buffers.at[slot, pl.ds(0, size)],
+                            meanwhile,
+                        )
+                        key_ring.give(slot)
+                        scores = mask_edge(
+                            visits,
+                            tile,
+                            scores,
+                            lambda: indices(scores.shape, 1),
+                            lambda: (b - tile * size for b in bounds),
+                            0,
+                        )
+                        new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
+                        correction = jnp.exp2(maximum - new_maximum)
+                        weights = jnp.exp2(scores * factor - spread(new_maximum, scores, 0))
+                        weighted *= spread(correction, weighted, 0)
+                        narrow = weights.astype(dtype)
+                        total = total * correction + weights.sum(axis=1)
+                        # the other worker multiplies until here; nothing may be moved past it
+                        weighted, total, new_maximum, narrow = lax.optimization_barrier(
+                            (weighted, total, new_maximum, narrow)
+                        )
                         end_turn()
+                        value_ring.take(slot)
+                        values = value_ring.buffers.at[slot, pl.ds(0, size)]
+                        if clear_values:
+                            clear_from(values, cut.end(bounds_smem, own, index) - tile * size)
                         await_turn()
+                        weighted = add_product(weighted, narrow, values)
+                        value_ring.give(slot)
+                        return weighted, new_maximum, total
 
-                    scores = times_transposed(
-                        query_smem.at[q, worker], key_smem.at[slot, pl.ds(0, size)], meanwhile
-                    )
-                    plgpu.barrier_arrive(key_free.at[slot])
-                    scores = mask_edge(
-                        visits,
-                        tile,
-                        scores,
-                        lambda: indices(scores.shape, 1),
-                        lambda: (b - tile * size for b in bounds),
-                        0,
-                    )
-                    new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
-                    correction = jnp.exp2(maximum - new_maximum)
-                    weights = jnp.exp2(scores * factor - spread(new_maximum, scores, 0))
-                    weighted *= spread(correction, weighted, 0)
-                    narrow = weights.astype(dtype)
-                    total = total * correction + weights.sum(axis=1)
-                    # the other worker multiplies until here; nothing may be moved past it
-                    weighted, total, new_maximum, narrow = lax.optimization_barrier(
-                        (weighted, total, new_maximum, narrow)
-                    )
-                    end_turn()
-                    plgpu.barrier_wait(value_ready.at[slot])
-                    await_turn()
-                    weighted = add_product(weighted, narrow, value_smem.at[slot, pl.ds(0, size)])
-                    plgpu.barrier_arrive(value_free.at[slot])
-                    return weighted, new_maximum, total
+                    carry = visit_all(visits, visit, skip, carry)
+                    copied += visits.copied
 
-                carry = visit_all(visits, visit, skip, carry)
-                copied += visits.copied_last - visits.copied_first
+                weighted, maximum, total = carry
+                empty = total == 0
+                inverse = jnp.where(empty, 0.0, 1 / total)
+                weighted *= spread(inverse, weighted, 0)
+                line = batch_index * splits + split
+                own_rows = cut.rows_of(program, worker)
+                logsumexp_ref[line, head, own_rows] = jnp.where(
+                    empty, -jnp.inf, maximum / LOG2E + jnp.log(total)
+                )
+                if splits == 1:
+                    # all products with the queries are done: the output leaves from their place
+                    query_smem[own, 0, worker] = weighted.astype(dtype)
+                else:
+                    output_ref[line, own_rows, head] = weighted
+                plgpu.commit_smem()
+                if splits == 1:
+                    plgpu.copy_smem_to_gmem(
+                        query_smem.at[own, 0, worker], output_ref.at[line, own_rows, head]
+                    )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                own_ring.give(own)
+                return copied
+
+            for_each_item(items, one_item, jnp.int32(0))
 
             @pl.when(worker == 0)
             def _():
                 end_turn()
                 await_turn()
 
-            weighted, maximum, total = carry
-            empty = total == 0
-            inverse = jnp.where(empty, 0.0, 1 / total)
-            # all products with the queries are done: the output leaves from their place
-            query_smem[0, worker] = (weighted * spread(inverse, weighted, 0)).astype(dtype)
-            logsumexp_smem[worker] = jnp.where(empty, -jnp.inf, maximum / LOG2E + jnp.log(total))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                query_smem.at[0, worker], output_ref.at[batch_index, own_rows, head]
-            )
-            plgpu.copy_smem_to_gmem(
-                logsumexp_smem.at[worker], logsumexp_ref.at[batch_index, head, own_rows]
-            )
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
-            copied = jnp.int32(0)
-            for refs, size in zip(source_refs, plan.entries, strict=True):
-                key_ref, value_ref, _, _, table_ref = refs
-                visits = read_visits(table_ref, batch_index, kv_head, program * workers)
-                streams = ((key_ref, key_smem, key_ready, key_free),
-                           (value_ref, value_smem, value_ready, value_free))  # fmt: skip
-                copy_entries(streams, visits, copied, size, stages, batch_index, kv_head)
-                copied += visits.copied_last - visits.copied_first
-            await_all_free((key_free, value_free), copied, stages)
+            def one_item(item, step, carry):
+                copied, spans = carry
+                upcoming = read(item + lax.axis_size("core"))
+                program, batch_index, split, head, kv_head = locate(item)
 
-        roles(workers, worker, compute, copy)
+                def own_copies(own):
+                    for worker in range(workers):
+                        for q, ref in enumerate(query_refs):
+                            yield (
+                                ref.at[batch_index, cut.rows_of(program, worker), head],
+                                query_smem.at[own, q, worker],
+                            )
+                    yield from cut.bounds_copies(
+                        source_refs, bounds_smem, own, program, batch_index, kv_head
+                    )
 
-    largest = max(plan.entries)
-    output, logsumexp = plgpu.kernel(
+                own_ring.fill(step, own_copies)
+                for refs, span, size in zip(
+                    source_refs, cut.copied(spans, split), plan.entries, strict=True
+                ):
+                    copy_tiles(
+                        refs[:2],
+                        (key_ring, value_ring),
+                        span,
+                        copied,
+                        size,
+                        lambda ref, entries: ref.at[batch_index, entries, kv_head],
+                    )
+                    copied += span[1] - span[0]
+                return copied, upcoming
+
+            def read(item):
+                program, batch_index, _, _, kv_head = locate(jnp.minimum(item, items - 1))
+                return cut.read(source_refs, program, batch_index, kv_head)
+
+            (copied, _), count = for_each_item(
+                items, one_item, (jnp.int32(0), read(lax.axis_index("core")))
+            )
+            key_ring.drain(copied)
+            value_ring.drain(copied)
+            own_ring.drain(count)
+
+        roles(workers, compute, copy)
+
+    # only the copy engine stops at the last row
+    output_rows, output_dtype = (rows, dtype) if splits == 1 else (cut.padded, jnp.float32)
+    ring = functools.partial(Ring.scratch, workers=workers)
+    own_blocks = (tiles.buffers, len(queries), workers, block, head_dim)
+    return plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct(queries[0].shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, bounds[0][0].shape[-1]), jnp.float32),
+            jax.ShapeDtypeStruct((batch * splits, output_rows, heads, head_dim), output_dtype),
+            jax.ShapeDtypeStruct((batch * splits, heads, cut.padded), jnp.float32),
         ],
         scratch_types=[
             (
-                shared_memory((len(queries), workers, block, head_dim), dtype),
-                shared_memory((stages, largest, head_dim), dtype),
-                shared_memory((stages, largest, head_dim), dtype),
-                plgpu.SMEM((workers, block), jnp.float32),
-                (
-                    plgpu.Barrier(num_arrivals=len(queries), num_barriers=workers),
-                    plgpu.Barrier(num_barriers=stages),
-                    plgpu.Barrier(num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=workers),
+                ring(
+                    tiles.buffers,
+                    (
+                        shared_memory(own_blocks, dtype),
+                        cut.bounds_memory(tiles.buffers),
+                    ),
+                    copies=len(queries) * workers + 2 * len(sources),
                 ),
+                ring(stages, shared_memory((stages, largest, head_dim), dtype), copies=1),
+                ring(stages, shared_memory((stages, largest, head_dim), dtype), copies=1),
+                plgpu.Barrier(num_arrivals=workers),
             )
         ],
-        grid=(heads, programs, batch),
-        grid_names=("heads", "programs", "batch"),
-        **threads(workers),
-    )(
-        list(queries),
-        [
-            (s.keys, s.values, *b, table)
-            for s, b, table in zip(sources, bounds, tables, strict=True)
-        ],
-    )
-    return output, jnp.swapaxes(logsumexp[..., :rows], 1, 2)
+        **launch(workers, items),
+    )(list(queries), cut.operands())

@@ -10,33 +10,31 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Int
 
 from seqeff_kernels.range_attention.mosaic.pieces import (
     LOG2E,
+    Ring,
     add_product,
-    await_all_free,
-    await_free,
     bound_line,
-    copy_entries,
-    entry_visits,
+    copy_tiles,
     filled,
+    for_each_item,
     indices,
+    launch,
     load_columns,
     load_rows,
     mask_edge,
     pad_to,
-    padded_bounds,
-    read_visits,
     roles,
-    row_visits,
-    rows_of_program,
     shared_memory,
-    slot_index,
+    split_item,
     spread,
-    threads,
+    tile_visits,
     times_transposed,
     visit_all,
 )
+from seqeff_kernels.range_attention.mosaic.rows import Rows
 from seqeff_kernels.range_attention.mosaic.tiles import BLOCK, Plan
 from seqeff_kernels.range_attention.sources import ListedSource
 
@@ -55,7 +53,7 @@ def row_statistics(
     # an empty row has weights exp(score - inf), which are 0
     offset = jnp.where(empty, jnp.inf, logsumexp * LOG2E)
     delta, offset = (
-        pad_to(jnp.swapaxes(x, 1, 2), 2, rows_of_program(plan.tiles), constant_values=fill)
+        pad_to(jnp.swapaxes(x, 1, 2), 2, plan.tiles.rows_of_program, constant_values=fill)
         for x, fill in ((delta, 0), (offset, jnp.inf))
     )
     return output_gradient.astype(output.dtype), offset, delta
@@ -69,122 +67,161 @@ def queries_gradient(
     batch, _, heads, head_dim = queries.shape
     dtype = queries.dtype
     block, workers, size = tiles.block_rows, tiles.workers, tiles.backward_tile
-    stages = tiles.backward_stages
-    bounds = [padded_bounds(s, tiles) for s in sources]
-    tables = [
-        row_visits(*b, s.keys.shape[1], size, tiles) for s, b in zip(sources, bounds, strict=True)
-    ]
-    programs = bounds[0][0].shape[-1] // (block * workers)
+    stages, buffers = tiles.backward_stages, tiles.backward_buffers
+    group = heads // sources[0].keys.shape[2]
+    cut = Rows(sources, [size] * len(sources), tiles)
+    items = cut.programs * batch * heads
 
     def kernel(query_ref, statistics_refs, source_refs, gradient_ref, scratch):
-        query_smem, output_smem, key_smem, value_smem, barriers = scratch
-        rows_ready, key_ready, value_ready, key_free, value_free = barriers
+        rows_scratch, key_scratch, value_scratch = scratch
+        own_ring = Ring(buffers, *rows_scratch)
+        key_ring, value_ring = Ring(stages, *key_scratch), Ring(stages, *value_scratch)
+        query_smem, output_smem, offset_smem, delta_smem, bounds_smem = own_ring.buffers
         output_ref, offset_ref, delta_ref = statistics_refs
-        batch_index, head = lax.axis_index("batch"), lax.axis_index("heads")
-        kv_head = lax.div(head, jnp.int32(heads // sources[0].keys.shape[2]))
-        program = programs - 1 - lax.axis_index("programs")
-        worker = lax.axis_index("worker")
 
-        def compute():
-            row_block = program * workers + worker
-            own_rows = pl.ds(row_block * block, block)
-            for ref, smem in ((query_ref, query_smem), (output_ref, output_smem)):
-                plgpu.copy_gmem_to_smem(
-                    ref.at[batch_index, own_rows, head], smem.at[worker], rows_ready.at[worker]
+        def locate(item):
+            batch_index, program, head = split_item(item, cut.programs, heads)
+            return cut.programs - 1 - program, batch_index, head, lax.div(head, jnp.int32(group))
+
+        def compute(worker):
+            def one_item(item, step, copied):
+                program, batch_index, head, _ = locate(item)
+                own = own_ring.slot(step)
+                own_ring.take(own)
+                mine = pl.ds(worker * block, block)
+                offset, delta = (load_rows(x.at[own, mine]) for x in (offset_smem, delta_smem))
+                gradient = filled((block, head_dim), 0)
+                for index, visits in enumerate(cut.visits(bounds_smem, own, worker)):
+                    bounds = cut.bounds(bounds_smem, own, index, worker)
+
+                    def slot_of(tile, copied=copied, visits=visits):
+                        return key_ring.slot(copied + tile - visits.copied_first)
+
+                    def skip(tile, slot_of=slot_of):
+                        slot = slot_of(tile)
+                        key_ring.skip(slot)
+                        value_ring.skip(slot)
+
+                    def visit(tile, gradient, visits=visits, bounds=bounds, slot_of=slot_of):
+                        slot = slot_of(tile)
+                        key_ring.take(slot)
+                        scores = times_transposed(
+                            query_smem.at[own, worker], key_ring.buffers.at[slot]
+                        )
+                        value_ring.take(slot)
+                        weights_gradient = times_transposed(
+                            output_smem.at[own, worker], value_ring.buffers.at[slot]
+                        )
+                        value_ring.give(slot)
+                        scores = mask_edge(
+                            visits,
+                            tile,
+                            scores,
+                            lambda: indices(scores.shape, 1),
+                            lambda: (b - tile * size for b in bounds),
+                            0,
+                        )
+                        weights = jnp.exp2(scores * factor - spread(offset, scores, 0))
+                        scores_gradient = weights * (weights_gradient - spread(delta, scores, 0))
+                        gradient = add_product(
+                            gradient, scores_gradient.astype(dtype), key_ring.buffers.at[slot]
+                        )
+                        key_ring.give(slot)
+                        return gradient
+
+                    gradient = visit_all(visits, visit, skip, gradient)
+                    copied += visits.copied
+                query_smem[own, worker] = (gradient * plan.scale).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    query_smem.at[own, worker],
+                    gradient_ref.at[batch_index, cut.rows_of(program, worker), head],
                 )
-            offset, delta = (
-                load_rows(ref.at[batch_index, head, own_rows]) for ref in (offset_ref, delta_ref)
-            )
-            plgpu.barrier_wait(rows_ready.at[worker])
-            gradient = filled((block, head_dim), 0)
-            copied = jnp.int32(0)
-            for _, _, start_ref, end_ref, table_ref in source_refs:
-                visits = read_visits(table_ref, batch_index, kv_head, row_block)
-                start, end = (
-                    load_rows(ref.at[(*bound_line(ref, batch_index, kv_head), own_rows)])
-                    for ref in (start_ref, end_ref)
-                )
-                slot_of = functools.partial(slot_index, copied - visits.copied_first, stages)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                own_ring.give(own)
+                return copied
 
-                def skip(tile, slot_of=slot_of):
-                    slot = slot_of(tile)
-                    for ready, free in ((key_ready, key_free), (value_ready, value_free)):
-                        plgpu.barrier_wait(ready.at[slot])
-                        plgpu.barrier_arrive(free.at[slot])
-
-                def visit(tile, gradient, visits=visits, bounds=(start, end), slot_of=slot_of):
-                    slot = slot_of(tile)
-                    plgpu.barrier_wait(key_ready.at[slot])
-                    scores = times_transposed(query_smem.at[worker], key_smem.at[slot])
-                    plgpu.barrier_wait(value_ready.at[slot])
-                    weights_gradient = times_transposed(output_smem.at[worker], value_smem.at[slot])
-                    plgpu.barrier_arrive(value_free.at[slot])
-                    scores = mask_edge(
-                        visits,
-                        tile,
-                        scores,
-                        lambda: indices(scores.shape, 1),
-                        lambda: (b - tile * size for b in bounds),
-                        0,
-                    )
-                    weights = jnp.exp2(scores * factor - spread(offset, scores, 0))
-                    scores_gradient = weights * (weights_gradient - spread(delta, scores, 0))
-                    gradient = add_product(
-                        gradient, scores_gradient.astype(dtype), key_smem.at[slot]
-                    )
-                    plgpu.barrier_arrive(key_free.at[slot])
-                    return gradient
-
-                gradient = visit_all(visits, visit, skip, gradient)
-                copied += visits.copied_last - visits.copied_first
-            query_smem[worker] = (gradient * plan.scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                query_smem.at[worker], gradient_ref.at[batch_index, own_rows, head]
-            )
+            for_each_item(items, one_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
-            copied = jnp.int32(0)
-            for key_ref, value_ref, _, _, table_ref in source_refs:
-                visits = read_visits(table_ref, batch_index, kv_head, program * workers)
-                streams = ((key_ref, key_smem, key_ready, key_free),
-                           (value_ref, value_smem, value_ready, value_free))  # fmt: skip
-                copy_entries(streams, visits, copied, size, stages, batch_index, kv_head)
-                copied += visits.copied_last - visits.copied_first
-            await_all_free((key_free, value_free), copied, stages)
+            def read(item):
+                program, batch_index, _, kv_head = locate(jnp.minimum(item, items - 1))
+                return cut.read(source_refs, program, batch_index, kv_head)
 
-        roles(workers, worker, compute, copy)
+            def one_item(item, step, carry):
+                copied, spans = carry
+                upcoming = read(item + lax.axis_size("core"))
+                program, batch_index, head, kv_head = locate(item)
 
+                def own_copies(own):
+                    for worker in range(workers):
+                        rows = cut.rows_of(program, worker)
+                        yield query_ref.at[batch_index, rows, head], query_smem.at[own, worker]
+                        yield output_ref.at[batch_index, rows, head], output_smem.at[own, worker]
+                    rows = pl.ds(program * tiles.rows_of_program, tiles.rows_of_program)
+                    yield offset_ref.at[batch_index, head, rows], offset_smem.at[own]
+                    yield delta_ref.at[batch_index, head, rows], delta_smem.at[own]
+                    yield from cut.bounds_copies(
+                        source_refs, bounds_smem, own, program, batch_index, kv_head
+                    )
+
+                own_ring.fill(step, own_copies)
+                for refs, span in zip(source_refs, cut.copied(spans), strict=True):
+                    copy_tiles(
+                        refs[:2],
+                        (key_ring, value_ring),
+                        span,
+                        copied,
+                        size,
+                        lambda ref, entries: ref.at[batch_index, entries, kv_head],
+                    )
+                    copied += span[1] - span[0]
+                return copied, upcoming
+
+            (copied, _), count = for_each_item(
+                items, one_item, (jnp.int32(0), read(lax.axis_index("core")))
+            )
+            for ring, steps in ((key_ring, copied), (value_ring, copied), (own_ring, count)):
+                ring.drain(steps)
+
+        roles(workers, compute, copy)
+
+    ring = functools.partial(Ring.scratch, workers=workers)
+    vector = plgpu.SMEM((buffers, tiles.rows_of_program), jnp.float32)
+    own_tile = shared_memory((buffers, workers, block, head_dim), dtype)
+    entry_tile = shared_memory((stages, size, head_dim), dtype)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(queries.shape, dtype),
         scratch_types=[
             (
-                shared_memory((workers, block, head_dim), dtype),
-                shared_memory((workers, block, head_dim), dtype),
-                shared_memory((stages, size, head_dim), dtype),
-                shared_memory((stages, size, head_dim), dtype),
-                (
-                    plgpu.Barrier(num_arrivals=2, num_barriers=workers),
-                    plgpu.Barrier(num_barriers=stages),
-                    plgpu.Barrier(num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
+                ring(
+                    buffers,
+                    (own_tile, own_tile, vector, vector, cut.bounds_memory(buffers)),
+                    copies=2 * workers + 2 + 2 * len(sources),
                 ),
+                ring(stages, entry_tile, copies=1),
+                ring(stages, entry_tile, copies=1),
             )
         ],
-        grid=(heads, programs, batch),
-        grid_names=("heads", "programs", "batch"),
-        **threads(workers),
-    )(
-        queries,
-        statistics,
-        [
-            (s.keys, s.values, *b, table)
-            for s, b, table in zip(sources, bounds, tables, strict=True)
-        ],
-    )
+        **launch(workers, items),
+    )(queries, statistics, cut.operands())
+
+
+def entry_visits(
+    start: Array, end: Array, entries: int, size: int, workers: int
+) -> Int[Array, "batch_or_1 kv_heads_or_1 numbers"]:
+    """The row tiles that attend each block of entries: first, full first, full last, last."""
+    blocks = pl.cdiv(entries, BLOCK * workers) * workers
+    low = jnp.arange(blocks) * BLOCK
+    high = jnp.minimum(low + BLOCK, entries)
+    # bounds never decrease: of a tile of rows, the first has the lowest and the last the highest
+    bounds = (end[..., size - 1 :: size], end[..., ::size])
+    bounds += (start[..., size - 1 :: size], start[..., ::size])
+    limits = jnp.stack([low + 1, high, low + 1, high], -1)
+    below = jnp.stack(bounds, -1)[..., None, :, :] < limits[:, None]
+    return below.sum(-2, dtype=jnp.int32).reshape(*start.shape[:2], -1)
 
 
 def entries_gradient(
@@ -195,152 +232,188 @@ def entries_gradient(
     *,
     unvisited: bool,
 ) -> tuple[Array, Array]:
-    """Gradients of a source's entries; without `unvisited`, those no row visits are unwritten."""
+    """Gradients of a source's entries; with `unvisited`, also of those that no row visits."""
     tiles, factor = plan.tiles, plan.scale * LOG2E
     batch, entries, kv_heads, head_dim = source.keys.shape
     group = queries.shape[2] // kv_heads
     dtype = queries.dtype
-    size, workers, stages = tiles.backward_tile, tiles.workers, tiles.backward_stages
-    start, end = padded_bounds(source, tiles)
+    size, workers = tiles.backward_tile, tiles.workers
+    stages, buffers = tiles.backward_stages, tiles.backward_buffers
+    start, end = (pad_to(b, 2, size, mode="edge") for b in (source.start, source.end))
     table = entry_visits(start, end, entries, size, workers)
-    programs = table.shape[2] // workers
+    programs = pl.cdiv(entries, BLOCK * workers)
+    most = programs * batch * kv_heads
+    # after which no entry's gradient has to be written
+    last = entries if unvisited else source.end[..., -1].max()
+    last = jnp.reshape(jnp.asarray(last, jnp.int32), 1)
 
-    def kernel(query_ref, statistics_refs, bounds_refs, key_ref, value_ref, table_ref,
+    def kernel(query_ref, statistics_refs, bounds_refs, key_ref, value_ref, table_ref, last_ref,
                key_gradient_ref, value_gradient_ref, scratch):  # fmt: skip
         output_ref, offset_ref, delta_ref = statistics_refs
-        entry_smem, rows_smem, vectors_smem, bounds_smem, barriers = scratch
-        key_smem, value_smem = entry_smem
-        query_smem, output_smem = rows_smem
-        offset_smem, delta_smem = vectors_smem
-        entries_ready, query_ready, output_ready, query_free, output_free = barriers
-        batch_index, kv_head = lax.axis_index("batch"), lax.axis_index("heads")
-        # earlier entries are attended by more rows
-        program, worker = lax.axis_index("programs"), lax.axis_index("worker")
+        entries_scratch, query_scratch, output_scratch = scratch
+        own_ring = Ring(buffers, *entries_scratch)
+        query_ring, output_ring = Ring(stages, *query_scratch), Ring(stages, *output_scratch)
+        key_smem, value_smem, table_smem = own_ring.buffers
+        query_smem, offset_smem, *bounds_smem = query_ring.buffers
+        output_smem, delta_smem = output_ring.buffers
+        per_program = BLOCK * workers
+        written = jnp.maximum(lax.div(last_ref[0] + (per_program - 1), jnp.int32(per_program)), 1)
+        items = written * (batch * kv_heads)
 
-        def compute():
-            entry_block = program * workers + worker
-            own_entries = pl.ds(entry_block * BLOCK, BLOCK)
-            for ref, smem in ((key_ref, key_smem), (value_ref, value_smem)):
-                plgpu.copy_gmem_to_smem(
-                    ref.at[batch_index, own_entries, kv_head],
-                    smem.at[worker],
-                    entries_ready.at[worker],
+        def locate(item):
+            # earlier entries are attended by more rows
+            batch_index, program, kv_head = split_item(item, written, kv_heads)
+            return program, batch_index, kv_head
+
+        def span(numbers):
+            first, last = numbers
+            return first, jnp.maximum(first, last)
+
+        def compute(worker):
+            def one_item(item, step, copied):
+                program, batch_index, kv_head = locate(item)
+                own = own_ring.slot(step)
+                own_ring.take(own)
+                own_table = table_smem.at[own]
+                visits = tile_visits(
+                    *(own_table[worker * 4 + i] for i in range(4)),
+                    span((own_table[0], own_table[workers * 4 - 1])),
                 )
-            plgpu.barrier_wait(entries_ready.at[worker])
-            visits = read_visits(table_ref, batch_index, kv_head, entry_block)
+                entry_block = program * workers + worker
 
-            def one_head(index, carry):
-                copied = index * (visits.copied_last - visits.copied_first)
-                slot_of = functools.partial(slot_index, copied - visits.copied_first, stages)
+                def one_head(index, carry):
+                    before = copied + index * visits.copied
 
-                def skip(tile):
-                    slot = slot_of(tile)
-                    for ready, free in ((query_ready, query_free), (output_ready, output_free)):
-                        plgpu.barrier_wait(ready.at[slot])
-                        plgpu.barrier_arrive(free.at[slot])
+                    def slot_of(tile):
+                        return query_ring.slot(before + tile - visits.copied_first)
 
-                def visit(tile, carry):
-                    key_gradient, value_gradient = carry
-                    slot = slot_of(tile)
-                    plgpu.barrier_wait(query_ready.at[slot])
-                    scores = times_transposed(key_smem.at[worker], query_smem.at[slot])
-                    offset = load_columns(offset_smem.at[slot])
+                    def skip(tile):
+                        slot = slot_of(tile)
+                        query_ring.skip(slot)
+                        output_ring.skip(slot)
 
-                    scores = mask_edge(
-                        visits,
-                        tile,
-                        scores,
-                        lambda: indices(scores.shape, 0) + entry_block * BLOCK,
-                        lambda: (load_columns(ref.at[slot]) for ref in bounds_smem),
-                        1,
+                    def visit(tile, carry):
+                        key_gradient, value_gradient = carry
+                        slot = slot_of(tile)
+                        query_ring.take(slot)
+                        scores = times_transposed(key_smem.at[own, worker], query_smem.at[slot])
+                        offset = load_columns(offset_smem.at[slot])
+                        scores = mask_edge(
+                            visits,
+                            tile,
+                            scores,
+                            lambda: indices(scores.shape, 0) + entry_block * BLOCK,
+                            lambda: (load_columns(ref.at[slot]) for ref in bounds_smem),
+                            1,
+                        )
+                        weights = jnp.exp2(scores * factor - spread(offset, scores, 1))
+                        output_ring.take(slot)
+                        weights_gradient = times_transposed(
+                            value_smem.at[own, worker], output_smem.at[slot]
+                        )
+                        delta = load_columns(delta_smem.at[slot])
+                        scores_gradient = weights * (weights_gradient - spread(delta, scores, 1))
+                        value_gradient = add_product(
+                            value_gradient, weights.astype(dtype), output_smem.at[slot]
+                        )
+                        output_ring.give(slot)
+                        key_gradient = add_product(
+                            key_gradient, scores_gradient.astype(dtype), query_smem.at[slot]
+                        )
+                        query_ring.give(slot)
+                        return key_gradient, value_gradient
+
+                    return visit_all(visits, visit, skip, carry)
+
+                zeros = filled((BLOCK, head_dim), 0)
+                key_gradient, value_gradient = lax.fori_loop(0, group, one_head, (zeros, zeros))
+                key_smem[own, worker] = (key_gradient * plan.scale).astype(dtype)
+                value_smem[own, worker] = value_gradient.astype(dtype)
+                plgpu.commit_smem()
+                own_entries = pl.ds(entry_block * BLOCK, BLOCK)
+                for smem, ref in ((key_smem, key_gradient_ref), (value_smem, value_gradient_ref)):
+                    plgpu.copy_smem_to_gmem(
+                        smem.at[own, worker], ref.at[batch_index, own_entries, kv_head]
                     )
-                    weights = jnp.exp2(scores * factor - spread(offset, scores, 1))
-                    plgpu.barrier_wait(output_ready.at[slot])
-                    weights_gradient = times_transposed(value_smem.at[worker], output_smem.at[slot])
-                    delta = load_columns(delta_smem.at[slot])
-                    scores_gradient = weights * (weights_gradient - spread(delta, scores, 1))
-                    value_gradient = add_product(
-                        value_gradient, weights.astype(dtype), output_smem.at[slot]
-                    )
-                    plgpu.barrier_arrive(output_free.at[slot])
-                    key_gradient = add_product(
-                        key_gradient, scores_gradient.astype(dtype), query_smem.at[slot]
-                    )
-                    plgpu.barrier_arrive(query_free.at[slot])
-                    return key_gradient, value_gradient
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                own_ring.give(own)
+                return copied + group * visits.copied
 
-                return visit_all(visits, visit, skip, carry)
-
-            zeros = filled((BLOCK, head_dim), 0)
-            key_gradient, value_gradient = lax.fori_loop(0, group, one_head, (zeros, zeros))
-            key_smem[worker] = (key_gradient * plan.scale).astype(dtype)
-            value_smem[worker] = value_gradient.astype(dtype)
-            plgpu.commit_smem()
-            for smem, ref in ((key_smem, key_gradient_ref), (value_smem, value_gradient_ref)):
-                plgpu.copy_smem_to_gmem(smem.at[worker], ref.at[batch_index, own_entries, kv_head])
+            for_each_item(items, one_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
-            visits = read_visits(table_ref, batch_index, kv_head, program * workers)
-            count = visits.copied_last - visits.copied_first
+            def read(item):
+                program, batch_index, kv_head = locate(jnp.minimum(item, items - 1))
+                line = bound_line(table_ref, batch_index, kv_head)
+                numbers = program * (workers * 4)
+                return table_ref[(*line, numbers)], table_ref[(*line, numbers + workers * 4 - 1)]
 
-            def one_head(index, _):
-                head = kv_head * group + index
+            def one_item(item, step, carry):
+                copied, numbers = carry
+                upcoming = read(item + lax.axis_size("core"))
+                program, batch_index, kv_head = locate(item)
+                first, last = span(numbers)
 
-                @pl.loop(visits.copied_first, visits.copied_last)
-                def _(tile):
-                    step = index * count + tile - visits.copied_first
-                    slot = lax.rem(step, jnp.int32(stages))
-                    rows = pl.ds(tile * size, size)
-                    await_free(query_free, step, slot, stages)
-                    copies = [
-                        (query_ref.at[batch_index, rows, head], query_smem),
-                        (offset_ref.at[batch_index, head, rows], offset_smem),
-                    ]
-                    for ref, smem in zip(bounds_refs, bounds_smem, strict=True):
-                        copies.append(
-                            (ref.at[(*bound_line(ref, batch_index, kv_head), rows)], smem)
-                        )
-                    for ref, smem in copies:
-                        plgpu.copy_gmem_to_smem(ref, smem.at[slot], query_ready.at[slot])
-                    await_free(output_free, step, slot, stages)
-                    for ref, smem in (
-                        (output_ref.at[batch_index, rows, head], output_smem),
-                        (delta_ref.at[batch_index, head, rows], delta_smem),
-                    ):
-                        plgpu.copy_gmem_to_smem(ref, smem.at[slot], output_ready.at[slot])
+                def own_copies(own):
+                    for worker in range(workers):
+                        own_entries = pl.ds((program * workers + worker) * BLOCK, BLOCK)
+                        for ref, smem in ((key_ref, key_smem), (value_ref, value_smem)):
+                            yield ref.at[batch_index, own_entries, kv_head], smem.at[own, worker]
+                    line = bound_line(table_ref, batch_index, kv_head)
+                    numbers = pl.ds(program * (workers * 4), workers * 4)
+                    target = table_smem.at[own, pl.ds(0, workers * 4)]
+                    yield table_ref.at[(*line, numbers)], target
 
-            lax.fori_loop(0, group, one_head, None)
-            await_all_free((query_free, output_free), group * count, stages)
+                def one_head(index, _):
+                    head = kv_head * group + index
 
-        def where_needed(role):
-            def only_if_visited():
-                visits = read_visits(table_ref, batch_index, kv_head, program * workers)
-                pl.when(visits.copied_first < visits.copied_last)(role)
+                    @pl.loop(first, last)
+                    def _(tile):
+                        rows = pl.ds(tile * size, size)
 
-            return role if unvisited else only_if_visited
+                        def query_copies(slot):
+                            yield query_ref.at[batch_index, rows, head], query_smem.at[slot]
+                            yield offset_ref.at[batch_index, head, rows], offset_smem.at[slot]
+                            for ref, smem in zip(bounds_refs, bounds_smem, strict=True):
+                                line = bound_line(ref, batch_index, kv_head)
+                                yield ref.at[(*line, rows)], smem.at[slot]
 
-        roles(workers, worker, where_needed(compute), where_needed(copy))
+                        def output_copies(slot):
+                            yield output_ref.at[batch_index, rows, head], output_smem.at[slot]
+                            yield delta_ref.at[batch_index, head, rows], delta_smem.at[slot]
 
+                        now = copied + index * (last - first) + tile - first
+                        query_ring.fill(now, query_copies)
+                        output_ring.fill(now, output_copies)
+
+                own_ring.fill(step, own_copies)
+                lax.fori_loop(0, group, one_head, None)
+                return copied + group * (last - first), upcoming
+
+            (copied, _), count = for_each_item(
+                items, one_item, (jnp.int32(0), read(lax.axis_index("core")))
+            )
+            for ring, steps in ((query_ring, copied), (output_ring, copied), (own_ring, count)):
+                ring.drain(steps)
+
+        roles(workers, compute, copy)
+
+    ring = functools.partial(Ring.scratch, workers=workers)
+    own_tile = shared_memory((buffers, workers, BLOCK, head_dim), dtype)
+    row_tile = shared_memory((stages, size, head_dim), dtype)
+    vector, bound = (plgpu.SMEM((stages, size), kind) for kind in (jnp.float32, jnp.int32))
+    # a copy arrives at a multiple of 128 bytes
+    numbers = plgpu.SMEM((buffers, 32), jnp.int32)
     return plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(source.keys.shape, dtype)] * 2,
         scratch_types=[
             (
-                [shared_memory((workers, BLOCK, head_dim), dtype)] * 2,
-                [shared_memory((stages, size, head_dim), dtype)] * 2,
-                [plgpu.SMEM((stages, size), jnp.float32)] * 2,
-                [plgpu.SMEM((stages, size), jnp.int32)] * 2,
-                (
-                    plgpu.Barrier(num_arrivals=2, num_barriers=workers),
-                    plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
-                    plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
-                ),
+                ring(buffers, (own_tile, own_tile, numbers), copies=2 * workers + 1),
+                ring(stages, (row_tile, vector, bound, bound), copies=4),
+                ring(stages, (row_tile, vector), copies=2),
             )
         ],
-        grid=(kv_heads, programs, batch),
-        grid_names=("heads", "programs", "batch"),
-        **threads(workers),
-    )(queries, statistics, (start, end), source.keys, source.values, table)
+        **launch(workers, most),
+    )(queries, statistics, (start, end), source.keys, source.values, table, last)

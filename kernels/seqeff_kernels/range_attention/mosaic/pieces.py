@@ -1,4 +1,4 @@
-"""What the Mosaic kernels share: tables of visits, rings of tiles, products, roles of workers."""
+"""What the Mosaic kernels share: items of work, rings of tiles, products, roles of workers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Int
 
-from seqeff_kernels.range_attention.mosaic.tiles import BLOCK, Tiles
-from seqeff_kernels.range_attention.sources import ListedSource
+from seqeff_kernels import gpu
 
 LOG2E = math.log2(math.e)
 # finite, so that the difference of two of them is 0 and not NaN
@@ -34,8 +32,22 @@ class Visits(NamedTuple):
     copied_first: Any
     copied_last: Any
 
+    @property
+    def copied(self) -> Any:
+        """How many tiles the program copies."""
+        return self.copied_last - self.copied_first
 
-def pad_to(array: Array, axis: int, multiple: int = 8, **how: Any) -> Array:
+
+def tile_visits(first: Any, full_first: Any, full_last: Any, last: Any, copied: Any) -> Visits:
+    """Visits within the tiles that the program copies."""
+    copied_first, copied_last = copied
+    first = jnp.clip(first, copied_first, copied_last)
+    return Visits(
+        first, full_first, full_last, jnp.clip(last, first, copied_last), copied_first, copied_last
+    )
+
+
+def pad_to(array: Array, axis: int, multiple: int, **how: Any) -> Array:
     missing = -array.shape[axis] % multiple
     if not missing:
         return array
@@ -43,80 +55,85 @@ def pad_to(array: Array, axis: int, multiple: int = 8, **how: Any) -> Array:
     return jnp.pad(array, widths, **how)
 
 
-def rows_of_program(tiles: Tiles) -> int:
-    return tiles.block_rows * tiles.workers
+class Ring:
+    """Stages in shared memory that the copying worker fills and the compute workers empty.
+
+    What is copied in one step arrives together. Steps are counted over the life of the program.
+    """
+
+    def __init__(self, stages: int, buffers: Any, barriers: tuple[Any, Any]) -> None:
+        self._stages, self.buffers = stages, buffers
+        self._ready, self._free = barriers
+
+    @staticmethod
+    def scratch(stages: int, buffers: Any, copies: int, workers: int) -> tuple[Any, Any]:
+        """What the constructor takes after `stages`; `copies` are made in each step."""
+        return buffers, (
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
+        )
+
+    def slot(self, step: Array) -> Array:
+        """The stage of a step."""
+        return lax.rem(step, jnp.int32(self._stages))
+
+    def fill(self, step: Array, copies: Callable[[Array], Sequence[tuple[Any, Any]]]) -> None:
+        """Makes the copies to a stage, given as (from, to), as soon as it is free."""
+        slot = self.slot(step)
+
+        @pl.when(step >= self._stages)
+        def _():
+            plgpu.barrier_wait(self._free.at[slot])
+
+        for source, target in copies(slot):
+            plgpu.copy_gmem_to_smem(source, target, self._ready.at[slot])
+
+    def drain(self, steps: Array) -> None:
+        """Waits until the last stages have been emptied: no barrier may be left half observed."""
+
+        @pl.loop(jnp.maximum(steps - self._stages, 0), steps)
+        def _(step):
+            plgpu.barrier_wait(self._free.at[self.slot(step)])
+
+    def take(self, slot: Array) -> None:
+        """Waits until a stage is filled."""
+        plgpu.barrier_wait(self._ready.at[slot])
+
+    def give(self, slot: Array) -> None:
+        """Says that this worker is done with a stage."""
+        plgpu.barrier_arrive(self._free.at[slot])
+
+    def skip(self, slot: Array) -> None:
+        """Passes over a stage that is filled for the program's other workers."""
+        self.take(slot)
+        self.give(slot)
 
 
-def padded_bounds(source: ListedSource, tiles: Tiles) -> tuple[Array, Array]:
-    """Bounds of a whole number of programs: the rows after the last one repeat it."""
-    multiple = rows_of_program(tiles)
-    start, end = (pad_to(b, 2, multiple, mode="edge") for b in (source.start, source.end))
-    return start, end
+def copy_tiles(
+    refs: Sequence[Any],
+    rings: Sequence[Ring],
+    tiles: tuple[Array, Array],
+    copied: Array,
+    size: int,
+    line: Callable[[Any, Any], Any],
+) -> None:
+    """Copies tiles of `size` entries, those of each array into its ring.
 
+    Args:
+      copied: steps of the rings before.
+      line: a list of entries of an array.
+    """
+    first, last = tiles
 
-def row_visits(
-    start: Array, end: Array, entries: int, size: int, tiles: Tiles
-) -> Int[Array, "batch_or_1 kv_heads_or_1 row_blocks 6"]:
-    """The entry tiles that each block of rows visits."""
-    start, end = (b.reshape(*b.shape[:2], -1, tiles.block_rows) for b in (start, end))
-    occupied = start < end
-    first = jnp.where(occupied, start, entries).min(-1) // size
-    last = pl.cdiv(jnp.where(occupied, end, 0).max(-1), size)
-    # a row that attends nothing here needs a mask in every tile
-    full_first = jnp.where(occupied, pl.cdiv(start, size), entries).max(-1)
-    full_last = jnp.where(occupied, end, 0).min(-1) // size
-    return _table(first, full_first, full_last, last, tiles.workers)
+    @pl.loop(first, last)
+    def _(tile):
+        for ref, ring in zip(refs, rings, strict=True):
 
+            def copies(slot, ref=ref, ring=ring):
+                source = line(ref, pl.ds(tile * size, size))
+                yield source, ring.buffers.at[slot, pl.ds(0, size)]
 
-def entry_visits(
-    start: Array, end: Array, entries: int, size: int, workers: int
-) -> Int[Array, "batch_or_1 kv_heads_or_1 entry_blocks 6"]:
-    """The row tiles that each block of entries is attended by."""
-    blocks = pl.cdiv(entries, BLOCK * workers) * workers
-    low = jnp.arange(blocks)[:, None] * BLOCK
-    high = jnp.minimum(low + BLOCK, entries)
-
-    def count(condition):
-        return condition.sum(-1, dtype=jnp.int32)
-
-    # of a tile of rows, the first has the lowest bounds and the last the highest
-    lowest_start, highest_start, lowest_end, highest_end = (
-        b[:, :, None, offset::size] for b in (start, end) for offset in (0, size - 1)
-    )
-    return _table(
-        count(highest_end <= low),
-        count(lowest_end < high),
-        count(highest_start <= low),
-        count(lowest_start < high),
-        workers,
-    )
-
-
-def _table(first, full_first, full_last, last, workers: int) -> Array:
-    last = jnp.where(first < last, last, 0)
-
-    def over_program(reduce, tile):
-        grouped = tile.reshape(*tile.shape[:2], -1, workers)
-        return jnp.repeat(reduce(grouped, axis=-1), workers, axis=-1)
-
-    copied_last = over_program(jnp.max, last)
-    visited = jnp.where(first < last, first, copied_last)
-    copied_first = jnp.minimum(over_program(jnp.min, visited), copied_last)
-    first = jnp.clip(visited, copied_first, copied_last)
-    last = jnp.maximum(first, last)
-    visits = Visits(first, full_first, full_last, last, copied_first, copied_last)
-    return jnp.stack(visits, -1).astype(jnp.int32)
-
-
-def bound_line(ref: Any, batch_index: Array, kv_head: Array) -> tuple[Array, Array]:
-    """Where bounds of one or all batch rows and KV heads are."""
-    zero = jnp.int32(0)
-    return batch_index if ref.shape[0] > 1 else zero, kv_head if ref.shape[1] > 1 else zero
-
-
-def read_visits(table_ref: Any, batch_index: Array, kv_head: Array, block: Array) -> Visits:
-    line = bound_line(table_ref, batch_index, kv_head)
-    return Visits(*(table_ref[(*line, block, i)] for i in range(6)))
+            ring.fill(copied + tile - first, copies)
 
 
 def visit_all(visits: Visits, visit: Callable, skip: Callable, carry: Any) -> Any:
@@ -131,39 +148,38 @@ def visit_all(visits: Visits, visit: Callable, skip: Callable, carry: Any) -> An
     return carry
 
 
-def copy_entries(streams, visits, copied, size, stages, batch_index, kv_head) -> None:
-    """Copies the program's tiles, each stream into its ring as soon as a stage is free."""
+def for_each_item(items: Any, body: Callable, carry: Any) -> Any:
+    """Calls `body(item, step, carry)` for the items of this program: every so many, one is its.
 
-    @pl.loop(visits.copied_first, visits.copied_last)
-    def _(tile):
-        step = copied + tile - visits.copied_first
-        slot = lax.rem(step, jnp.int32(stages))
-        for ref, smem, ready, free in streams:
-            await_free(free, step, slot, stages)
-            plgpu.copy_gmem_to_smem(
-                ref.at[batch_index, pl.ds(tile * size, size), kv_head],
-                smem.at[slot, pl.ds(0, size)],
-                ready.at[slot],
-            )
+    Programs are as many as there are multiprocessors, and take one item after another, so that
+    the copies for the next item are under way while one ends.
+    """
+    core, cores = lax.axis_index("core"), lax.axis_size("core")
+    count = lax.div(items - core + (cores - 1), jnp.int32(cores))
 
+    def step(index, carry):
+        return body(core + index * cores, index, carry)
 
-def await_free(free: Any, step: Array, slot: Array, stages: int) -> None:
-    @pl.when(step >= stages)
-    def _():
-        plgpu.barrier_wait(free.at[slot])
+    return lax.fori_loop(0, count, step, carry), count
 
 
-def await_all_free(barriers: Sequence[Any], steps: Array, stages: int) -> None:
-    """Waits until the last tiles have been used, so that no barrier is left half observed."""
+def split_item(item: Array, *sizes: int | Array) -> tuple[Array, ...]:
+    """Coordinates of an item, the last of `sizes` the fastest; the first has no size.
 
-    @pl.loop(jnp.maximum(steps - stages, 0), steps)
-    def _(step):
-        for free in barriers:
-            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
+    Items done at one time should share what they read: it then comes from the L2.
+    """
+    coordinates = []
+    for size in reversed(sizes):
+        size = jnp.asarray(size, jnp.int32)
+        coordinates.append(lax.rem(item, size))
+        item = lax.div(item, size)
+    return (item, *reversed(coordinates))
 
 
-def slot_index(before: Array, stages: int, tile: Array) -> Array:
-    return lax.rem(before + tile, jnp.int32(stages))
+def bound_line(ref: Any, batch_index: Array, kv_head: Array) -> tuple[Array, Array]:
+    """Where bounds of one or all batch rows and KV heads are."""
+    zero = jnp.int32(0)
+    return batch_index if ref.shape[0] > 1 else zero, kv_head if ref.shape[1] > 1 else zero
 
 
 def mask_edge(
@@ -178,6 +194,16 @@ def mask_edge(
 
     edge = (tile < visits.full_first) | (tile >= visits.full_last)
     return lax.cond(edge, masked, lambda scores: scores, scores)
+
+
+def clear_from(tile: Any, first: Array) -> None:
+    """Clears the lines of a tile in shared memory from the given one on: 0 * NaN is NaN."""
+
+    @pl.when(first < tile.shape[0])
+    def _():
+        kept = indices(tile.shape, 0) < first
+        tile[...] = jnp.where(kept, load_tile(tile), jnp.zeros((), tile.dtype))
+        plgpu.commit_smem()
 
 
 def times_transposed(left: Any, right: Any, meanwhile: Callable = lambda: None) -> Array:
@@ -206,6 +232,10 @@ def filled(shape: tuple[int, ...], value: float) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def load_tile(ref: Any) -> Array:
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA)  # pyright: ignore[reportCallIssue]
+
+
 def load_rows(ref: Any) -> Array:
     return plgpu.load(  # pyright: ignore[reportCallIssue]
         ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
@@ -224,14 +254,15 @@ def indices(shape: tuple[int, ...], axis: int) -> Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def roles(workers: int, worker: Array, compute: Callable, copy: Callable) -> None:
+def roles(workers: int, compute: Callable, copy: Callable) -> None:
+    worker = lax.axis_index("worker")
     more, fewer = REGISTERS.get(workers, (None, None))
 
     @pl.when(worker < workers)
     def _():
         if more is not None:
             plgpu.set_max_registers(more, action="increase")
-        compute()
+        compute(worker)
 
     @pl.when(worker == workers)
     def _():
@@ -240,8 +271,11 @@ def roles(workers: int, worker: Array, compute: Callable, copy: Callable) -> Non
         copy()
 
 
-def threads(workers: int) -> dict[str, Any]:
+def launch(workers: int, items: int) -> dict[str, Any]:
+    """Arguments of `plgpu.kernel` for a program a multiprocessor."""
     return {
+        "grid": (min(gpu.multiprocessors(), items),),
+        "grid_names": ("core",),
         "num_threads": workers + 1,
         "thread_name": "worker",
         # no reduction crosses warps

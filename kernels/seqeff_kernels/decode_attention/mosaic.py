@@ -1,0 +1,142 @@
+"""The GPU backend for many query points on one KV head: range attention's forward kernel.
+
+The points (query rows and heads) of a KV head are the kernel's rows: they share each tile of
+entries, which the copying worker fetches ahead of the products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from seqeff_kernels import gpu, tuning
+from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries
+from seqeff_kernels.decode_attention.merge import merge
+from seqeff_kernels.decode_attention.plan import Sizes
+from seqeff_kernels.range_attention import mosaic
+from seqeff_kernels.range_attention.mosaic.tiles import BLOCK, SHARED_MEMORY, Tiles
+from seqeff_kernels.range_attention.mosaic.tiles import Plan as KernelPlan
+from seqeff_kernels.range_attention.operands import Static
+from seqeff_kernels.range_attention.sources import ListedSource
+
+HEAD_DIMS = (64, 128, 256)
+# head sizes and devices on which experiments/gpu_checks/attention.py has passed: none yet
+TESTED_HEAD_DIMS: tuple[int, ...] = ()
+TESTED_CAPABILITIES = ((9, 0),)
+_MOST_STAGES = 8
+# of bounds, barriers and alignment
+_SMALL = 3 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The sizes of a launch.
+
+    Attributes:
+      splits: parts in which the entries of a KV head are cut, a program each.
+      stages: tiles of 64 entries in shared memory.
+    """
+
+    splits: int
+    stages: int
+
+
+def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> str | None:
+    """Why this backend cannot serve, or None."""
+    arrays = [queries, *(new or ())]
+    for block in blocks:
+        arrays += [block.keys, block.values, *([] if block.queries is None else [block.queries])]
+    return mosaic.kernel_obstacle(
+        arrays, HEAD_DIMS, len(blocks) + (new is not None), "blocks, new entries counted"
+    )
+
+
+def tested(queries: Array) -> bool:
+    """Whether the GPU checks cover these queries on this device; `auto` serves nothing else."""
+    return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
+
+
+def plan(sizes: Sizes) -> Plan:
+    """The plan where nothing is tuned: parts that fill the chip, and as much in flight as fits."""
+    block = BLOCK * sizes.head_dim * 2
+    workers = _workers(sizes.points)
+    programs = sizes.batch * sizes.kv_heads * math.ceil(sizes.points / (BLOCK * workers))
+    stages = (SHARED_MEMORY - _SMALL - workers * block) // (2 * block)
+    return Plan(
+        splits=max(1, min(gpu.multiprocessors() // programs, math.ceil(sizes.entries / BLOCK))),
+        stages=min(_MOST_STAGES, stages),
+    )
+
+
+def attend(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: tuple[CacheBlock, ...],
+    new: NewEntries | None,
+    scale: float,
+    planned: Plan | None = None,
+) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
+    """See `decode_attention`; `planned` replaces the plan of the table or of the shapes."""
+    from seqeff_kernels.range_attention.mosaic.forward import forward
+
+    batch, rows, heads, head_dim = queries.shape
+    sizes = Sizes.of(queries, blocks, new)
+    kv_heads, points = sizes.kv_heads, sizes.points
+    if planned is None:
+        tuned = tuning.choose("decode", "mosaic", sizes.key(str(queries.dtype)))
+        planned = Plan(**tuned) if tuned else plan(sizes)
+
+    def to_points(array: Array) -> Array:
+        split = array.reshape(batch, rows, kv_heads, -1, head_dim)
+        return jnp.moveaxis(split, 3, 2).reshape(batch, points, kv_heads, head_dim)
+
+    def source(keys: Array, values: Array, end: Array) -> ListedSource:
+        end = jnp.broadcast_to(end, (*end.shape[:2], points)).astype(jnp.int32)
+        return ListedSource(None, keys, values, jnp.zeros_like(end), end)
+
+    distinct: list[Array] = [queries]
+    which, sources = [], []
+    for block in blocks:
+        if block.queries is not None:
+            distinct.append(block.queries)
+        which.append(0 if block.queries is None else len(distinct) - 1)
+        sources.append(source(block.keys, block.values, block.lengths()[:, None, None]))
+    if new is not None:
+        which.append(0)
+        row = jnp.arange(points, dtype=jnp.int32) // (points // rows)
+        sources.append(source(*new, row[None, None] + 1))
+
+    tiles = Tiles(
+        workers=_workers(points),
+        block_entries=BLOCK,
+        stages=planned.stages,
+        buffers=1,
+        take_turns=False,
+    )
+    static = tuple(Static(i, s.keys.shape[1], False, None) for i, s in enumerate(sources))
+    output, logsumexp = forward(
+        [to_points(own) for own in distinct],
+        sources,
+        KernelPlan(tuple(which), static, scale, tiles),
+        splits=planned.splits,
+        clear_values=True,
+    )
+    logsumexp = jnp.swapaxes(logsumexp[..., :points], 1, 2)
+    output, logsumexp = merge(
+        output[:, :points].reshape(batch, planned.splits, points * kv_heads, head_dim),
+        logsumexp.reshape(batch, planned.splits, points * kv_heads),
+        queries.dtype,
+    )
+
+    def to_heads(array: Array) -> Array:
+        split = array.reshape(batch, rows, points // rows, kv_heads, *array.shape[2:])
+        return jnp.swapaxes(split, 2, 3).reshape(batch, rows, heads, *array.shape[2:])
+
+    return to_heads(output), to_heads(logsumexp)
+
+
+def _workers(points: int) -> int:
+    return 1 if points <= BLOCK else 2

@@ -1,0 +1,135 @@
+"""How programs of rows see their sources: bounds, and the tiles that these make them visit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from seqeff_kernels.range_attention.mosaic.pieces import (
+    Visits,
+    bound_line,
+    load_rows,
+    pad_to,
+    tile_visits,
+)
+from seqeff_kernels.range_attention.mosaic.tiles import Tiles
+from seqeff_kernels.range_attention.sources import ListedSource
+
+
+class Rows:
+    """Blocks of rows, one a worker, and the entry tiles of each source that they visit.
+
+    Bounds never decrease, so those of a block's first and last row tell all: tiles from the first
+    row's start to the last row's end are visited, and those from the last row's start to the first
+    row's end need no mask.
+    """
+
+    def __init__(
+        self, sources: Sequence[ListedSource], sizes: Sequence[int], tiles: Tiles, splits: int = 1
+    ) -> None:
+        self._sources, self._sizes, self._splits = sources, sizes, splits
+        self._block, self._workers = tiles.block_rows, tiles.workers
+        self._rows = self._block * self._workers
+        # rows after the last one repeat it
+        self._bounds = [
+            tuple(pad_to(b, 2, self._rows, mode="edge") for b in (s.start, s.end)) for s in sources
+        ]
+        self.padded = self._bounds[0][0].shape[-1]
+        self.programs = self.padded // self._rows
+
+    def operands(self) -> list[tuple[Array, ...]]:
+        """Keys, values, start and end of each source."""
+        return [(s.keys, s.values, *b) for s, b in zip(self._sources, self._bounds, strict=True)]
+
+    def bounds_memory(self, buffers: int) -> Any:
+        """Shared memory for a program's bounds: start and end of each source."""
+        return plgpu.SMEM((buffers, len(self._sources), 2, self._rows), jnp.int32)
+
+    def rows_of(self, program: Array, worker: Any) -> Any:
+        """A worker's rows."""
+        return pl.ds(program * self._rows + worker * self._block, self._block)
+
+    def bounds_copies(
+        self, refs: Any, smem: Any, own: Array, program: Array, batch_index: Array, kv_head: Array
+    ) -> Iterator[tuple[Any, Any]]:
+        """Copies of a program's bounds."""
+        rows = pl.ds(program * self._rows, self._rows)
+        for source, (_, _, *bounds) in enumerate(refs):
+            for which, ref in enumerate(bounds):
+                line = bound_line(ref, batch_index, kv_head)
+                yield ref.at[(*line, rows)], smem.at[own, source, which]
+
+    def read(
+        self, refs: Any, program: Array, batch_index: Array, kv_head: Array
+    ) -> list[tuple[Array, Array]]:
+        """Lowest start and highest end of a program's rows, for each source."""
+        first = program * self._rows
+        return [
+            (
+                start[(*bound_line(start, batch_index, kv_head), first)],
+                end[(*bound_line(end, batch_index, kv_head), first + self._rows - 1)],
+            )
+            for _, _, start, end in refs
+        ]
+
+    def copied(
+        self, spans: Sequence[tuple[Array, Array]], split: Array | None = None
+    ) -> list[tuple[Array, Array]]:
+        """The tiles of each source that a program copies: its split of all that its rows visit."""
+        tiles = []
+        for (start, end), size in zip(spans, self._sizes, strict=True):
+            first = _before(start, size)
+            tiles.append((first, jnp.maximum(first, _after(end, size))))
+        if split is None or self._splits == 1:
+            return tiles
+        total = sum(last - first for first, last in tiles)
+        low, high = (lax.div(total * s, jnp.int32(self._splits)) for s in (split, split + 1))
+        parts = []
+        for first, last in tiles:
+            count = last - first
+            parts.append((first + jnp.clip(low, 0, count), first + jnp.clip(high, 0, count)))
+            low, high = low - count, high - count
+        return parts
+
+    def visits(
+        self, smem: Any, own: Array, worker: Array, split: Array | None = None
+    ) -> list[Visits]:
+        """What a worker visits in each source, from the bounds in shared memory."""
+        sources = range(len(self._sources))
+        spans = [(smem[own, s, 0, 0], self.end(smem, own, s)) for s in sources]
+        first = worker * self._block
+        last = first + self._block - 1
+        return [
+            tile_visits(
+                _before(smem[own, source, 0, first], size),
+                _after(smem[own, source, 0, last], size),
+                _before(smem[own, source, 1, first], size),
+                _after(smem[own, source, 1, last], size),
+                copied,
+            )
+            for source, copied, size in zip(
+                sources, self.copied(spans, split), self._sizes, strict=True
+            )
+        ]
+
+    def end(self, smem: Any, own: Array, source: int) -> Array:
+        """After the last entry that a program's rows attend, from shared memory."""
+        return smem[own, source, 1, self._rows - 1]
+
+    def bounds(self, smem: Any, own: Array, source: int, worker: Array) -> list[Array]:
+        """Start and end of a worker's rows, from shared memory."""
+        mine = pl.ds(worker * self._block, self._block)
+        return [load_rows(smem.at[own, source, which, mine]) for which in range(2)]
+
+
+def _before(bound: Array, size: int) -> Array:
+    return lax.div(bound, jnp.int32(size))
+
+
+def _after(bound: Array, size: int) -> Array:
+    return lax.div(bound + (size - 1), jnp.int32(size))

@@ -1,0 +1,66 @@
+"""Attending over a mesh: every device does its rows of the batch and its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from seqeff.checks import require
+from seqeff.models.parameters import batch_axes, head_axis
+from seqeff_kernels.range_attention import Backend, Source, explain, range_attention
+
+
+def attend(
+    queries: Float[Array, "batch rows heads head_dim"],
+    sources: Sequence[Source],
+    backend: Backend,
+) -> Float[Array, "batch rows heads head_dim"]:
+    """The output of `range_attention`.
+
+    Its kernels are whole programs to the compiler, which could only gather their operands on every
+    device.
+
+    Raises:
+      ConfigError: the backend asked for cannot serve; says why.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _attend(queries, sources, backend)
+    batch = batch_axes(mesh, queries.shape[0])
+    heads = head_axis(mesh, sources[0].keys.shape[2])
+    leaves, structure = jax.tree.flatten(sources)
+    # sources that share an array keep sharing it, and what is known while tracing stays so
+    arrays = {id(leaf): leaf for leaf in leaves if isinstance(leaf, jax.Array)}
+
+    def local(queries: Array, *parts: Array) -> Array:
+        local_of = dict(zip(arrays, parts, strict=True))
+        mine = jax.tree.unflatten(structure, [local_of.get(id(leaf), leaf) for leaf in leaves])
+        return _attend(queries, mine, backend)
+
+    by_rank = {
+        4: PartitionSpec(batch, None, heads),  # queries, keys, values
+        3: PartitionSpec(batch, heads),  # bounds of each KV head
+        2: PartitionSpec(batch),
+        1: PartitionSpec(batch),
+        0: PartitionSpec(),
+    }
+    return jax.shard_map(
+        local,
+        in_specs=(by_rank[4], *(by_rank[array.ndim] for array in arrays.values())),
+        out_specs=by_rank[4],
+        check_vma=False,
+    )(queries, *arrays.values())
+
+
+def _attend(queries: Array, sources: Sequence[Source], backend: Backend) -> Array:
+    if backend != "auto":
+        answer = explain(queries, sources)[backend]
+        require(
+            answer == "available",
+            f"TransformerConfig.attention_backend = {backend!r} cannot serve this attention: "
+            f"{answer}; give 'auto'",
+        )
+    return range_attention(queries, sources, backend=backend)[0]

@@ -1,0 +1,95 @@
+"""Decoding by range attention's Mosaic kernel, without a GPU; and the merging of splits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqeff_kernels.decode_attention import CacheBlock, merge, mosaic, reference
+from seqeff_kernels.decode_attention.plan import Sizes
+
+
+def call(rows, heads, kv_heads, capacities, filled, new, own=False, head_dim=64):
+    """A call whose entries beyond the filled ones are NaN."""
+    generator = np.random.default_rng(0)
+    batch = len(filled[0])
+
+    def normal(*shape):
+        return jnp.asarray(generator.normal(size=shape), jnp.bfloat16)
+
+    blocks = []
+    for capacity, lengths in zip(capacities, filled, strict=True):
+        beyond = (np.arange(capacity) >= np.asarray(lengths)[:, None])[..., None, None]
+        keys, values = (
+            jnp.where(beyond, jnp.nan, normal(batch, capacity, kv_heads, head_dim))
+            for _ in range(2)
+        )
+        queries = normal(batch, rows, heads, head_dim) if own and not blocks else None
+        blocks.append(CacheBlock(keys, values, jnp.asarray(lengths, jnp.int32), queries))
+    entries = normal(2, batch, rows, kv_heads, head_dim)
+    queries = normal(batch, rows, heads, head_dim)
+    return queries, tuple(blocks), tuple(entries) if new else None
+
+
+def test_it_says_why_it_cannot_serve():
+    queries, blocks, new = call(1, 8, 1, (64,), ([64],), False)
+    if jax.__version_info__ < (0, 11):
+        assert "jax 0.11" in mosaic.obstacle(queries, blocks, new)
+        return
+    assert "compute capability 9.0" in mosaic.obstacle(queries, blocks, new)
+    assert "new entries counted, not 4" in mosaic.obstacle(queries, blocks * 3, (queries, queries))
+
+
+def test_plans_fit_the_chip():
+    for points in (1, 64, 65, 300):
+        for head_dim in mosaic.HEAD_DIMS:
+            for batch in (1, 64, 500):
+                sizes = Sizes(
+                    batch=batch, kv_heads=1, points=points, head_dim=head_dim, entries=4096
+                )
+                planned = mosaic.plan(sizes)
+                block = 64 * head_dim * 2
+                rows = block * (1 if points <= 64 else 2)
+                assert 2 <= planned.stages <= 8
+                assert rows + 2 * planned.stages * block <= 227 * 1024
+                assert 1 <= planned.splits <= max(1, 132 // batch)
+
+
+def test_merging_splits():
+    generator = np.random.default_rng(0)
+    output = generator.normal(size=(2, 3, 5, 8)).astype(np.float32)
+    logsumexp = generator.normal(size=(2, 3, 5)).astype(np.float32)
+    logsumexp[0, 1] = logsumexp[1, :, 2] = -np.inf
+    output[0, 1], output[1, 0, 2] = np.nan, np.nan
+    merged, total = merge.merge(jnp.asarray(output), jnp.asarray(logsumexp), jnp.float32)
+    expected = np.logaddexp.reduce(logsumexp.astype(np.float64), axis=1)
+    np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-6)
+    weights = np.exp(logsumexp - np.where(np.isinf(expected), 0, expected)[:, None])
+    exact = (np.nan_to_num(output) * weights[..., None]).sum(1)
+    np.testing.assert_allclose(merged, exact, rtol=1e-5, atol=1e-6)
+
+
+if jax.__version_info__ >= (0, 11):
+    from mosaic_interpreter import interpreted
+
+    CASES = {
+        "one block, some empty": call(1, 6, 1, (150,), ([150, 0, 37],), False),
+        "two blocks and new entries": call(3, 4, 2, (70, 130), ([70, 1], [0, 65]), True),
+        "own queries, more points than a worker's": call(
+            3, 24, 1, (90, 40), ([65, 90], [40, 3]), True, own=True
+        ),
+    }
+
+    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("splits", [1, 3])
+    def test_interpreted_kernels_equal_the_reference(name, splits, monkeypatch):
+        queries, blocks, new = CASES[name]
+        with interpreted(monkeypatch):
+            plan = mosaic.Plan(splits=splits, stages=2)
+            output, logsumexp = mosaic.attend(queries, blocks, new, 0.2, plan)
+        want, want_logsumexp = reference.attend(queries, blocks, new, 0.2)
+        np.testing.assert_allclose(logsumexp, want_logsumexp, rtol=1e-5, atol=1e-5)
+        difference = np.asarray(output, np.float32) - np.asarray(want, np.float32)
+        assert np.linalg.norm(difference) <= 1e-2 * np.linalg.norm(np.asarray(want, np.float32))
