@@ -254,10 +254,10 @@ def test_tuning_decoding(table, monkeypatch, capsys):
         dtype="bfloat16", head_dim=64, kv_heads=2, points=6, batch=2, entries=1066
     )
     assert Plan(**tuning.choose("decode", "triton", key))
-    if jax.__version_info__ < (0, 11):
-        assert "  it needs jax 0.11" in capsys.readouterr().out
-    else:
-        assert decode_mosaic.Plan(**tuning.choose("decode", "mosaic", key))
+    # the other backend says why it has no plan
+    reason = "it needs jax 0.11" if jax.__version_info__ < (0, 11) else "is not a multiple of 8"
+    assert reason in capsys.readouterr().out
+    assert tuning.choose("decode", "mosaic", key) is None
 
 
 def test_several_tasks_run_in_processes_of_their_own(monkeypatch, tmp_path, capsys):

@@ -24,12 +24,13 @@ from seqeff_kernels.range_attention.operands import Static
 from seqeff_kernels.range_attention.sources import ListedSource
 
 HEAD_DIMS = (64, 128, 256)
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed: none yet
-TESTED_HEAD_DIMS: tuple[int, ...] = ()
+# head sizes and devices on which experiments/gpu_checks/attention.py has passed
+TESTED_HEAD_DIMS = (64, 128, 256)
 TESTED_CAPABILITIES = ((9, 0),)
 _MOST_STAGES = 8
-# of bounds, barriers and alignment
-_SMALL = 3 * 1024
+# bytes: what arrays in shared memory are aligned to; and barriers and scratch
+_ALIGNED = 1024
+_SMALL = 1200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,13 @@ def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | N
     arrays = [queries, *(new or ())]
     for block in blocks:
         arrays += [block.keys, block.values, *([] if block.queries is None else [block.queries])]
-    return mosaic.kernel_obstacle(
-        arrays, HEAD_DIMS, len(blocks) + (new is not None), "blocks, new entries counted"
+    found = mosaic.kernel_obstacle(
+        arrays, HEAD_DIMS, _lists(blocks, new), "blocks, new entries counted"
     )
+    odd = [block.keys.shape[1] for block in blocks if block.keys.shape[1] % mosaic.LINES]
+    if found is None and odd:
+        return f"a block's capacity, {odd[0]}, is not a multiple of {mosaic.LINES}"
+    return found
 
 
 def tested(queries: Array) -> bool:
@@ -60,15 +65,17 @@ def tested(queries: Array) -> bool:
     return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
-def plan(sizes: Sizes) -> Plan:
-    """The plan where nothing is tuned: parts that fill the chip, and as much in flight as fits."""
-    block = BLOCK * sizes.head_dim * 2
-    workers = _workers(sizes.points)
-    programs = sizes.batch * sizes.kv_heads * math.ceil(sizes.points / (BLOCK * workers))
-    stages = (SHARED_MEMORY - _SMALL - workers * block) // (2 * block)
+def plan(sizes: Sizes, lists: int = 1) -> Plan:
+    """The plan where nothing is tuned: parts that fill the chip, and as much in flight as fits.
+
+    Args:
+      lists: of entries: the blocks, and the new entries.
+    """
+    rows = BLOCK * _workers(sizes.points)
+    programs = sizes.batch * sizes.kv_heads * math.ceil(sizes.points / rows)
     return Plan(
         splits=max(1, min(gpu.multiprocessors() // programs, math.ceil(sizes.entries / BLOCK))),
-        stages=min(_MOST_STAGES, stages),
+        stages=_most_stages(sizes, lists),
     )
 
 
@@ -87,7 +94,7 @@ def attend(
     kv_heads, points = sizes.kv_heads, sizes.points
     if planned is None:
         tuned = tuning.choose("decode", "mosaic", sizes.key(str(queries.dtype)))
-        planned = Plan(**tuned) if tuned else plan(sizes)
+        planned = Plan(**tuned) if tuned else plan(sizes, _lists(blocks, new))
 
     def to_points(array: Array) -> Array:
         split = array.reshape(batch, rows, kv_heads, -1, head_dim)
@@ -107,12 +114,13 @@ def attend(
     if new is not None:
         which.append(0)
         row = jnp.arange(points, dtype=jnp.int32) // (points // rows)
-        sources.append(source(*new, row[None, None] + 1))
+        keys, values = (mosaic.pad_lines(x) for x in new)
+        sources.append(source(keys, values, row[None, None] + 1))
 
     tiles = Tiles(
         workers=_workers(points),
         block_entries=BLOCK,
-        stages=planned.stages,
+        stages=min(planned.stages, _most_stages(sizes, _lists(blocks, new))),
         buffers=1,
         take_turns=False,
     )
@@ -136,6 +144,18 @@ def attend(
         return jnp.swapaxes(split, 2, 3).reshape(batch, rows, heads, *array.shape[2:])
 
     return to_heads(output), to_heads(logsumexp)
+
+
+def _lists(blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> int:
+    return len(blocks) + (new is not None)
+
+
+def _most_stages(sizes: Sizes, lists: int) -> int:
+    """How many stages fit beside the queries and the rows' bounds."""
+    rows = BLOCK * _workers(sizes.points)
+    bounds = math.ceil(2 * 4 * rows * lists / _ALIGNED) * _ALIGNED
+    room = SHARED_MEMORY - 2 * rows * sizes.head_dim - bounds - _SMALL
+    return min(_MOST_STAGES, room // (2 * 2 * BLOCK * sizes.head_dim))
 
 
 def _workers(points: int) -> int:

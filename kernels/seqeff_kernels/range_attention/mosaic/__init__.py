@@ -32,11 +32,11 @@ from seqeff_kernels.range_attention.sources import ListedSource, Source
 HEAD_DIMS = (64, 128)
 _OLDEST_JAX = (0, 11)
 _MOST_SOURCES = 3
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed: none yet
-TESTED_HEAD_DIMS: tuple[int, ...] = ()
+# head sizes and devices on which experiments/gpu_checks/attention.py has passed
+TESTED_HEAD_DIMS = (64, 128)
 TESTED_CAPABILITIES = ((9, 0),)
-# of lines that the copy engine's tiles are made of
-_LINES = 8
+# of which the copy engine's tiles are made
+LINES = 8
 
 
 def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
@@ -98,7 +98,7 @@ def attend(
     output, logsumexp = cast(
         tuple[Array, Array],
         _attend(
-            tuple(_pad(own, 1) for own in distinct),
+            tuple(pad_lines(own) for own in distinct),
             tuple(operand._replace(queries=None) for operand in made),
             plan,
         ),
@@ -171,18 +171,18 @@ def _sources(made: tuple[Operand, ...], static: tuple[Static, ...]) -> list[List
     return [
         ListedSource(
             None,
-            _pad(source.keys, 1),
-            _pad(source.values, 1),
-            _pad(source.start, 2, mode="edge"),
-            _pad(source.end, 2, mode="edge"),
+            pad_lines(source.keys),
+            pad_lines(source.values),
+            source.start,
+            source.end,
         )
         for source in gathered(made, static, finite=True)
     ]
 
 
-def _pad(array: Array, axis: int, mode: str = "constant") -> Array:
-    missing = -array.shape[axis] % _LINES
+def pad_lines(array: Array) -> Array:
+    """An array of [batch, entries, ...] with as many entries as the copy engine can take."""
+    missing = -array.shape[1] % LINES
     if not missing:
         return array
-    widths = [(0, missing if index == axis else 0) for index in range(array.ndim)]
-    return jnp.pad(array, widths, mode=mode)
+    return jnp.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])

@@ -30,8 +30,8 @@ from seqeff_kernels.range_attention.sources import ListedSource, Source
 
 _LARGEST_HEAD_DIM = 256
 _MOST_SOURCES = 3
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed: none yet
-TESTED_HEAD_DIMS: tuple[int, ...] = ()
+# head sizes and devices on which experiments/gpu_checks/attention.py has passed
+TESTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 TESTED_CAPABILITIES = ((9, 0),)
 # above every entry, with room for adding a tile
 _NOWHERE = 1 << 30
@@ -104,7 +104,11 @@ def plan(head_dim: int, dtype: str) -> Plan:
 
 def tested(queries: Array) -> bool:
     """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
-    return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
+    return (
+        queries.shape[-1] in TESTED_HEAD_DIMS
+        and queries.dtype != jnp.float32
+        and gpu.compute_capability() in TESTED_CAPABILITIES
+    )
 
 
 def attend(
