@@ -19,8 +19,9 @@ def load(name):
     return module
 
 
-def times(milliseconds, speedup):
-    return {"milliseconds": milliseconds, "speedup": speedup, "tflops_per_second": 399.6}
+def times(milliseconds, speedup, over_flex=None):
+    speedups = {"speedup": speedup, "speedup_over_flex": over_flex}
+    return {"milliseconds": milliseconds, **speedups, "tflops_per_second": 399.6}
 
 
 def row(shape, length, window, implementation, **found):
@@ -41,7 +42,7 @@ ATTENTION = {
     "results": [
         row("wide-8k", 8192, None, "cudnn dense", forward=times(2.0, 1.0),
             forward_and_backward=times(8.0, 1.0)),
-        row("wide-8k", 8192, 64, "auto", forward=times(0.5, 4.0),
+        row("wide-8k", 8192, 64, "auto", forward=times(0.5, 4.0, 9.0),
             forward_and_backward=times(2.5, 3.2)),
         row("wide-2k", 2048, 64, "auto", forward=times(0.5, 1.25),
             forward_and_backward=times(2.5, 0.9)),
@@ -84,17 +85,17 @@ def test_a_measurement_fills_its_place(tmp_path, monkeypatch):
     assert "\nkept\n" in text
     assert "old" not in text
     assert "On one NVIDIA H200, jax 0.11.2, commit 0123456789ab:" in text
-    assert "| wide-8k | 64 | auto | 0.500 | 4.00 | 400 | 2.500 | 3.20 | 400 | 1.50 | yes |" in text
+    assert "| 64 | auto | 0.500 | 4.00 | 9.00 | 400 | 2.500 | 3.20 |  | 400 | 1.50 | yes |" in text
     assert "| wide-8k | dense | cudnn dense | 2.000 | 1.00 |" in text
-    assert "| wide-8k | 64 | flex | RuntimeError: a/b | | | | | | | |" in text
-    assert "| wide-8k | 256 | triton | 0.500 |  | 400 |" in text
+    assert "| wide-8k | 64 | flex | RuntimeError: a/b | | | | | | | | | |" in text
+    assert "| wide-8k | 256 | triton | 0.500 |  |  | 400 |" in text
     lost = "under `auto`: wide-2k at window 64 forward and backward (0.90×).\n"
     assert lost in text
     assert "| grouped | 64 | 4096 + 3 | 32 / 8 × 128 | triton | 256.0 | 4.19 | 98% |" in text
     assert "4.20 (memory copy), 3.35 (elementwise) TB/s; shares are of 4.30 TB/s" in text
     for line in text.splitlines():
         if line.startswith("| "):
-            assert line.count("|") in (12, 9)
+            assert line.count("|") in (14, 9)
     assert table.filled(text) == text
     with pytest.raises(ValueError, match="0 places for the table of decode"):
         table.filled("<!-- attention -->\n<!-- end of attention -->")

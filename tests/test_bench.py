@@ -96,6 +96,7 @@ def test_attention_rows(gpu, tmp_path):
         "slowest_milliseconds": 3.0,
         "repeats": 3,
         "speedup": 1.0,
+        "speedup_over_flex": None,
         "tflops_per_second": round(dense["needed_forward_flops"] / 2e-3 / 1e12, 1),
     }
     # a twelfth of the indices' 0.6 ms
@@ -106,7 +107,7 @@ def test_attention_rows(gpu, tmp_path):
     lines = result.output.splitlines()
     assert len(lines) == 2 + len(rows)
     (line,) = [line for line in lines if line.startswith("odd") and " 7  auto" in line]
-    assert "2.050     0.98" in line
+    assert "2.050    0.98" in line
     assert line.endswith("yes")
 
 
@@ -174,13 +175,19 @@ def test_pytorch_answers_for_itself(gpu, monkeypatch):
             "forward": found,
             "forward_and_backward": found,
         }
-        yield {"implementation": "flex", "window": 7, "deterministic": None, "error": "no room"}
+        yield {"implementation": "flex", "window": 7, "deterministic": None} | {
+            "forward": {"milliseconds": 8.2},
+            "error": "no room",
+        }
 
     monkeypatch.setattr(torch_attention, "run", run)
-    *_, torch, flex = attention.benchmark_attention(["odd"], [7], rivals=True)
+    dense, *_, ours, torch, flex = attention.benchmark_attention(["odd"], [7], rivals=True)
+    assert dense["forward"]["speedup_over_flex"] is None
     assert torch["forward"]["speedup"] == 0.5
     assert torch["forward_and_backward"]["speedup"] == 2.0
     assert (flex["error"], flex["window"]) == ("no room", 7)
+    assert ours["forward"]["speedup_over_flex"] == 4.0
+    assert ours["forward_and_backward"]["speedup_over_flex"] is None
 
 
 def test_pytorch_that_is_absent_or_finds_no_gpu_says_so(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def curves(report: dict[str, Any], implementation: str, family: str) -> Curves:
     """Lengths and speed-ups, ascending, by window and pass."""
     found: Curves = {}
     for row in report["results"]:
-        if row["implementation"] != implementation or not row["shape"].startswith(f"{family}-"):
+        of_family = re.fullmatch(rf"{re.escape(family)}-\d+k", row["shape"])
+        if row["implementation"] != implementation or not of_family:
             continue
         for name in _PASSES:
             speedup = (row.get(name) or {}).get("speedup")
@@ -57,9 +59,9 @@ def draw(found: Curves, title: str, path: Path) -> None:
 def main() -> int:
     """Draws one family of shapes; 2 where there is nothing to draw, or nothing to draw with."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=_HERE / "attention_h200.json")
+    parser.add_argument("--results", type=Path, default=_HERE / "attention_h100.json")
     parser.add_argument("--implementation", default="auto")
-    parser.add_argument("--family", default="wide", help="shapes whose names begin so")
+    parser.add_argument("--family", default="wide", help="shapes whose names are it and a length")
     parser.add_argument("--out", type=Path, default=_HERE / "speedup.png")
     options = parser.parse_args()
     try:

@@ -315,7 +315,7 @@ def _attention_inputs(
 
     @jax.jit
     def index(chosen):
-        if task.kind != "separators":
+        if task.kind != "separators" or task.window is None:
             return ()
         unread = jnp.zeros((*chosen.shape, 1, 1), _DTYPE)
         far, _ = attention_shapes.separator_sources(unread, unread, chosen, task.window)

@@ -61,9 +61,10 @@ def benchmark_attention(
     A row has the fields of its shape, `implementation`, `window` (None: dense), `deterministic`
     (None: not known), needed and executed FLOPs (tiles of 128 by 128), and under `forward` and
     `forward_and_backward` the median, fastest and slowest milliseconds over the repeats, the
-    speed-up over cuDNN and the TFLOP/s of needed FLOPs. Times with a window hold the gather of
-    the packed tokens, its transpose, and a twelfth of `index_milliseconds`. An implementation
-    that fails has `error` instead.
+    speed-ups over cuDNN and over FlexAttention with the same window (None: not measured) and the
+    TFLOP/s of needed FLOPs. Times with a window hold the gather of the packed tokens, its
+    transpose, and a twelfth of `index_milliseconds`. An implementation that fails has `error`
+    instead.
 
     Args:
       names: of `seqeff_kernels.range_attention.shapes.SHAPES`; none: the wide ones.
@@ -72,10 +73,12 @@ def benchmark_attention(
       rivals: measure PyTorch too; `prepare_rivals` comes before the first use of a device.
     """
     chosen = chosen_shapes(names, SHAPES, DEFAULT_SHAPES)
-    baselines: dict[str, dict[str, Any]] = {}
     costs: dict[tuple[str, int | None], Cost] = {}
     for name in chosen:
         shape = SHAPES[name]
+        # before our own arrays take their room
+        others = list(torch_attention.run(shape, windows)) if rivals else []
+        flex = {row["window"]: row for row in others if row["implementation"] == "flex"}
         inputs = _inputs(shape)
         costs[name, None] = _dense_cost(shape)
         with ThreadPoolExecutor(_COMPILING) as pool:
@@ -88,17 +91,18 @@ def benchmark_attention(
                     name, window, inputs, backends, costs, alone
                 )
             ]
-            found = baselines[name] = dense.result()
-            yield _row(name, None, BASELINE, False, found, found, costs[name, None])
-            for window, backend, future in sparse:
-                yield _row(name, window, backend, True, future.result(), found, costs[name, window])
-    if rivals:
-        for name in chosen:
-            for found in torch_attention.run(SHAPES[name], windows):
-                window = found.pop("window")
-                label, mode = found.pop("implementation"), found.pop("deterministic")
-                spent = costs[name, window]
-                yield _row(name, window, label, mode, found, baselines[name], spent)
+            found = dense.result()
+            measured: list[tuple[int | None, str, bool | None, Callable[[], dict[str, Any]]]] = [
+                (None, BASELINE, False, lambda found=found: found),
+                *((window, backend, True, future.result) for window, backend, future in sparse),
+                *(
+                    (row["window"], row["implementation"], row["deterministic"], row.copy)
+                    for row in others
+                ),
+            ]
+            for window, label, mode, result in measured:
+                against = {"speedup": found, "speedup_over_flex": flex.get(window, {})}
+                yield _row(name, window, label, mode, result(), against, costs[name, window])
 
 
 def _separator_calls(
@@ -230,9 +234,10 @@ def _row(
     implementation: str,
     deterministic: bool | None,
     found: dict[str, Any],
-    baseline: dict[str, Any],
+    against: dict[str, dict[str, Any]],
     spent: Cost,
 ) -> dict[str, Any]:
+    """A row of the report; `against` names speed-ups and what they are over."""
     shape = SHAPES[name]
     row = {
         "shape": name,
@@ -260,29 +265,37 @@ def _row(
         if key not in needed:
             row[key] = value
             continue
-        seconds = 1e-3 * value["milliseconds"]
-        speedup = baseline[key]["milliseconds"] / value["milliseconds"] if key in baseline else None
-        row[key] = value | {
-            "speedup": None if speedup is None else round(speedup, 3),
-            "tflops_per_second": round(needed[key] / seconds / 1e12, 1),
+        mine = value["milliseconds"]
+        speedups = {
+            kind: round(other[key]["milliseconds"] / mine, 3) if key in other else None
+            for kind, other in against.items()
         }
+        speed = {"tflops_per_second": round(needed[key] / mine / 1e9, 1)}
+        row[key] = value | speedups | speed
     return row
 
 
+_MODES = {True: "yes", False: "no", None: "not known"}
 HEADER = (
-    f"{'':16}{'':>7}  {'':14}{'forward':>27}{'forward and backward':>28}\n"
-    f"{'shape':16}{'window':>7}  {'implementation':14}"
-    f"{'ms':>9}{'speed-up':>9}{'TFLOP/s':>9} {'ms':>9}{'speed-up':>9}{'TFLOP/s':>9}  deterministic"
+    f"{'':20}{'':>7}  {'':14}{'forward':>31}{'forward and backward':>32}  executed\n"
+    f"{'shape':20}{'window':>7}  {'implementation':14}"
+    + f"{'ms':>9}{'x cuDNN':>8}{'x flex':>7}{'TFLOP/s':>8}" * 2
+    + "  / needed  deterministic"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row under `HEADER`; speed-ups are over cuDNN's dense causal attention."""
-    text = f"{row['shape']:16}{row['window'] or '':>7}  {row['implementation']:14}"
+    """A row under `HEADER`; cuDNN's attention is dense and causal."""
+    text = f"{row['shape']:20}{row['window'] or '':>7}  {row['implementation']:14}"
     if "error" in row:
         return f"{text}  {row['error']}"
     for key in ("forward", "forward_and_backward"):
         found = row[key]
-        speedup = "" if found["speedup"] is None else f"{found['speedup']:.2f}"
-        text += f"{found['milliseconds']:9.3f}{speedup:>9}{found['tflops_per_second']:9.0f} "
-    return text + {True: " yes", False: " no", None: " not known"}[row["deterministic"]]
+        over_cudnn, over_flex = (
+            "" if found[kind] is None else f"{found[kind]:.2f}"
+            for kind in ("speedup", "speedup_over_flex")
+        )
+        text += f"{found['milliseconds']:9.3f}{over_cudnn:>8}{over_flex:>7}"
+        text += f"{found['tflops_per_second']:8.0f}"
+    waste = row["executed_forward_flops"] / row["needed_forward_flops"]
+    return f"{text}{waste:10.2f}  {_MODES[row['deterministic']]}"

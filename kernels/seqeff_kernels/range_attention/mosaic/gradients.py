@@ -275,10 +275,9 @@ def entries_gradient(
                 own = own_ring.slot(step)
                 own_ring.take(own)
                 own_table = table_smem.at[own]
-                visits = tile_visits(
-                    *(own_table[worker * 4 + i] for i in range(4)),
-                    span((own_table[0], own_table[workers * 4 - 1])),
-                )
+                first, full_first, full_last, last = (own_table[worker * 4 + i] for i in range(4))
+                copied_tiles = span((own_table[0], own_table[workers * 4 - 1]))
+                visits = tile_visits(first, full_first, full_last, last, copied_tiles)
                 entry_block = program * workers + worker
 
                 def one_head(index, carry):

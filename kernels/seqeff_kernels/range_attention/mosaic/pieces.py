@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class Ring:
         """The stage of a step."""
         return lax.rem(step, jnp.int32(self._stages))
 
-    def fill(self, step: Array, copies: Callable[[Array], Sequence[tuple[Any, Any]]]) -> None:
+    def fill(self, step: Array, copies: Callable[[Array], Iterable[tuple[Any, Any]]]) -> None:
         """Makes the copies to a stage, given as (from, to), as soon as it is free."""
         slot = self.slot(step)
 
