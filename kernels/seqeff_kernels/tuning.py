@@ -11,9 +11,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from seqeff_kernels.range_attention.sources import Source, TokenSource
 
+_Plan = TypeVar("_Plan")
 # whose devices differ in their memory alone
 _FAMILIES = (("H100", "H200"),)
 FOLDER = Path(__file__).with_name("tuned")
@@ -43,6 +44,14 @@ def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
     listed = _device_table().get(operation, {}).get(backend, {})
     nearest = _nearest(key, listed)
     return None if nearest is None else dict(listed[nearest]["plan"])
+
+
+def planned(
+    operation: str, backend: str, key: str, make: Callable[..., _Plan], default: Callable[[], _Plan]
+) -> _Plan:
+    """The best plan that is listed, made of its fields, or the default."""
+    fields = choose(operation, backend, key)
+    return default() if fields is None else make(**fields)
 
 
 def fastest(operation: str, key: str, backends: Sequence[str]) -> str | None:

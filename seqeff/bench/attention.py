@@ -26,6 +26,7 @@ from seqeff_kernels.range_attention import (
     explain,
     range_attention,
 )
+from seqeff_kernels.range_attention.operands import gathered, operands
 from seqeff_kernels.range_attention.shapes import SHAPES, Shape, separator_sources, tokens
 from seqeff_kernels.timing import device_times
 
@@ -62,9 +63,9 @@ def benchmark_attention(
     (None: not known), needed and executed FLOPs (tiles of 128 by 128), and under `forward` and
     `forward_and_backward` the median, fastest and slowest milliseconds over the repeats, the
     speed-ups over cuDNN and over FlexAttention with the same window (None: not measured) and the
-    TFLOP/s of needed FLOPs. Times with a window hold the gather of the packed tokens, its
-    transpose, and a twelfth of `index_milliseconds`. An implementation that fails has `error`
-    instead.
+    TFLOP/s of needed FLOPs. Times with a window hold the gather of the packed tokens (alone:
+    `gather_milliseconds`), its transpose, and a twelfth of `index_milliseconds`. An
+    implementation that fails has `error` instead.
 
     Args:
       names: of `seqeff_kernels.range_attention.shapes.SHAPES`; none: the wide ones.
@@ -123,14 +124,26 @@ def _separator_calls(
         spent = cost(queries, sources, tile_rows=_TILE, tile_entries=_TILE)
     costs[name, window] = spent
     answers = explain(queries, sources) | {"auto": "available"}
-    index_times = functools.cache(lambda: device_times(index, masks, alone=lambda: alone))
+
+    def gather(queries: Array, keys: Array, values: Array, _: Array, indices: Indices) -> Any:
+        listed = operands(queries, _sources(keys, values, indices, window))
+        packed = gathered(*listed, finite=True)[0]
+        return packed.keys, packed.values
+
+    @functools.cache
+    def packing() -> tuple[list[float], list[float]]:
+        return (
+            device_times(index, masks, alone=lambda: alone),
+            device_times(gather, sets, alone=lambda: alone),
+        )
+
     for backend in backends:
         if answers.get(backend) != "available":
             continue
         attend = functools.partial(_separators, window=window, backend=backend)
         yield (
             backend,
-            lambda attend=attend: _measure(attend, sets, spent, alone, index_times()),
+            lambda attend=attend: _measure(attend, sets, spent, alone, packing()),
         )
 
 
@@ -191,7 +204,7 @@ def _measure(
     sets: list[tuple[Any, ...]],
     spent: Cost,
     alone: threading.Lock,
-    index_times: Sequence[float] = (),
+    packing: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Times of `attend(queries, keys, values, extra)`; sets hold the cotangent before `extra`."""
 
@@ -207,14 +220,15 @@ def _measure(
         iterations = min(max(2, round(most)), _MOST_ITERATIONS)
         return device_times(function, sets, iterations=iterations, alone=lambda: alone)
 
-    index = statistics.median(index_times) if index_times else 0.0
+    index, gather = (statistics.median(times) for times in packing or ((0.0,), (0.0,)))
     flops = spent.forward_flops
     found: dict[str, Any] = {
         "forward": _summary(times(forward, flops), index),
         "forward_and_backward": _summary(times(both, flops + spent.backward_flops), index),
     }
-    if index_times:
+    if packing:
         found["index_milliseconds"] = round(1e3 * index, 4)
+        found["gather_milliseconds"] = round(1e3 * gather, 4)
     return found
 
 

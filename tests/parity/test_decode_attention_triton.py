@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import triton_interpreter
 
-from seqeff_kernels.decode_attention import CacheBlock, decode_attention, triton
+from seqeff_kernels import gpu
+from seqeff_kernels.decode_attention import CacheBlock, decode_attention, merge, triton
 from seqeff_kernels.decode_attention.plan import Plan
 from seqeff_kernels.decode_attention.shapes import SHAPES, Shape, inputs
 
@@ -21,8 +22,9 @@ TOLERANCE = {jnp.float32: 1e-5, jnp.float16: 2e-3}
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(triton, "triton_call", triton_interpreter.triton_call)
-    monkeypatch.setattr(triton, "triton_obstacle", lambda: None)
+    for module in (gpu, triton):
+        monkeypatch.setattr(module, "triton_call", triton_interpreter.triton_call)
+        monkeypatch.setattr(module, "triton_obstacle", lambda: None)
     monkeypatch.setattr(triton, "DTYPES", ("float32", "float16"))
 
 
@@ -30,7 +32,7 @@ def interpreted(monkeypatch):
 def use_plan(monkeypatch):
     def use(**sizes):
         chosen = Plan(**{"tile_entries": 16, "splits": 1, "num_warps": 4, "num_stages": 3} | sizes)
-        monkeypatch.setattr(triton, "plan", lambda **_: chosen)
+        monkeypatch.setattr(triton, "plan", lambda *_: chosen)
 
     return use
 
@@ -114,3 +116,15 @@ def test_inside_jit(use_plan):
     decode = jax.jit(decode_attention, static_argnames="backend")
     got, expected = (decode(queries, blocks, backend=b) for b in ("triton", "reference"))
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+
+
+def test_merging_equals_the_portable_form():
+    generator = np.random.default_rng(0)
+    output = generator.normal(size=(2, 3, 5, 80)).astype(np.float32)
+    logsumexp = generator.normal(size=(2, 3, 5)).astype(np.float32)
+    logsumexp[0, 1] = logsumexp[1, :, 2] = -np.inf
+    output[0, 1] = np.nan
+    arguments = jnp.asarray(output), jnp.asarray(logsumexp), jnp.float32
+    pairs = zip(merge.merge(*arguments), merge.merge_portably(*arguments), strict=True)
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, atol=1e-6)

@@ -92,9 +92,13 @@ def attend(
     batch, rows, heads, head_dim = queries.shape
     sizes = Sizes.of(queries, blocks, new)
     kv_heads, points = sizes.kv_heads, sizes.points
-    if planned is None:
-        tuned = tuning.choose("decode", "mosaic", sizes.key(str(queries.dtype)))
-        planned = Plan(**tuned) if tuned else plan(sizes, _lists(blocks, new))
+    planned = planned or tuning.planned(
+        "decode",
+        "mosaic",
+        sizes.key(str(queries.dtype)),
+        Plan,
+        lambda: plan(sizes, _lists(blocks, new)),
+    )
 
     def to_points(array: Array) -> Array:
         split = array.reshape(batch, rows, kv_heads, -1, head_dim)

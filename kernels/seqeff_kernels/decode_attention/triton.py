@@ -57,9 +57,13 @@ def attend(
     batch, rows, heads, head_dim = queries.shape
     sizes = Sizes.of(queries, blocks, new)
     kv_heads, points = sizes.kv_heads, sizes.points
-    if planned is None:
-        tuned = tuning.choose("decode", "triton", sizes.key(str(queries.dtype)))
-        planned = Plan(**tuned) if tuned else plan(sizes, queries.dtype.itemsize)
+    planned = planned or tuning.planned(
+        "decode",
+        "triton",
+        sizes.key(str(queries.dtype)),
+        Plan,
+        lambda: plan(sizes, queries.dtype.itemsize),
+    )
 
     absent = (queries, blocks[0].keys, blocks[0].values, blocks[0].filled)
     inputs = [

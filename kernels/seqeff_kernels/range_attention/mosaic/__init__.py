@@ -107,8 +107,8 @@ def attend(
 
 
 def _tuned(queries: Array, sources: tuple[Source, ...]) -> Tiles:
-    entry = tuning.choose("attention", "mosaic", tuning.attention_key(queries, sources))
-    return Tiles(**entry) if entry else Tiles()
+    key = tuning.attention_key(queries, sources)
+    return tuning.planned("attention", "mosaic", key, Tiles, Tiles)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

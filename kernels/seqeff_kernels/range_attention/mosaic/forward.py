@@ -18,7 +18,6 @@ from seqeff_kernels.range_attention.mosaic.pieces import (
     Ring,
     add_product,
     clear_from,
-    copy_tiles,
     filled,
     for_each_item,
     indices,
@@ -26,7 +25,6 @@ from seqeff_kernels.range_attention.mosaic.pieces import (
     mask_edge,
     roles,
     shared_memory,
-    split_item,
     spread,
     times_transposed,
     visit_all,
@@ -57,9 +55,7 @@ def forward(
     batch, rows, heads, head_dim = queries[0].shape
     dtype = queries[0].dtype
     block, workers, stages = tiles.block_rows, tiles.workers, tiles.stages
-    group = heads // sources[0].keys.shape[2]
-    cut = Rows(sources, plan.entries, tiles, splits)
-    items = cut.programs * batch * splits * heads
+    cut = Rows(heads, sources, plan.entries, tiles, splits)
     largest = max(plan.entries)
 
     def kernel(query_refs, source_refs, output_ref, logsumexp_ref, scratch):
@@ -68,12 +64,6 @@ def forward(
         key_ring, value_ring = Ring(stages, *key_scratch), Ring(stages, *value_scratch)
         query_smem, bounds_smem = own_ring.buffers
         alternate = tiles.take_turns and workers == 2
-
-        def locate(item):
-            batch_index, program, split, head = split_item(item, cut.programs, splits, heads)
-            # later rows attend more
-            program = cut.programs - 1 - program
-            return program, batch_index, split, head, lax.div(head, jnp.int32(group))
 
         def end_turn():
             if alternate:
@@ -90,7 +80,7 @@ def forward(
                 await_turn()
 
             def one_item(item, step, copied):
-                program, batch_index, split, head, _ = locate(item)
+                place = cut.locate(item)
                 own = own_ring.slot(step)
                 own_ring.take(own)
                 carry = (
@@ -98,7 +88,7 @@ def forward(
                     filled((block,), LOWEST),
                     filled((block,), 0),
                 )
-                all_visits = cut.visits(bounds_smem, own, worker, split)
+                all_visits = cut.visits(bounds_smem, own, worker, place.split)
                 for index, (visits, size, q) in enumerate(
                     zip(all_visits, plan.entries, plan.queries, strict=True)
                 ):
@@ -165,8 +155,8 @@ def forward(
                 empty = total == 0
                 inverse = jnp.where(empty, 0.0, 1 / total)
                 weighted *= spread(inverse, weighted, 0)
-                line = batch_index * splits + split
-                own_rows = cut.rows_of(program, worker)
+                line = place.batch_index * splits + place.split
+                own_rows, head = cut.rows_of(place, worker), place.head
                 logsumexp_ref[line, head, own_rows] = jnp.where(
                     empty, -jnp.inf, maximum / LOG2E + jnp.log(total)
                 )
@@ -184,7 +174,7 @@ def forward(
                 own_ring.give(own)
                 return copied
 
-            for_each_item(items, one_item, jnp.int32(0))
+            for_each_item(cut.items, one_item, jnp.int32(0))
 
             @pl.when(worker == 0)
             def _():
@@ -193,48 +183,14 @@ def forward(
 
             plgpu.wait_smem_to_gmem(0)
 
+        def own_copies(place, own):
+            for worker in range(workers):
+                rows = cut.rows_of(place, worker)
+                for q, ref in enumerate(query_refs):
+                    yield ref.at[place.batch_index, rows, place.head], query_smem.at[own, q, worker]
+
         def copy():
-            def one_item(item, step, carry):
-                copied, spans = carry
-                upcoming = read(item + lax.axis_size("core"))
-                program, batch_index, split, head, kv_head = locate(item)
-
-                def own_copies(own):
-                    for worker in range(workers):
-                        for q, ref in enumerate(query_refs):
-                            yield (
-                                ref.at[batch_index, cut.rows_of(program, worker), head],
-                                query_smem.at[own, q, worker],
-                            )
-                    yield from cut.bounds_copies(
-                        source_refs, bounds_smem, own, program, batch_index, kv_head
-                    )
-
-                own_ring.fill(step, own_copies)
-                for refs, span, size in zip(
-                    source_refs, cut.copied(spans, split), plan.entries, strict=True
-                ):
-                    copy_tiles(
-                        refs[:2],
-                        (key_ring, value_ring),
-                        span,
-                        copied,
-                        size,
-                        lambda ref, entries: ref.at[batch_index, entries, kv_head],
-                    )
-                    copied += span[1] - span[0]
-                return copied, upcoming
-
-            def read(item):
-                program, batch_index, _, _, kv_head = locate(jnp.minimum(item, items - 1))
-                return cut.read(source_refs, program, batch_index, kv_head)
-
-            (copied, _), count = for_each_item(
-                items, one_item, (jnp.int32(0), read(lax.axis_index("core")))
-            )
-            key_ring.drain(copied)
-            value_ring.drain(copied)
-            own_ring.drain(count)
+            cut.copy_all(source_refs, own_ring, own_copies, (key_ring, value_ring))
 
         roles(workers, compute, copy)
 
@@ -263,5 +219,5 @@ def forward(
                 plgpu.Barrier(num_arrivals=workers),
             )
         ],
-        **launch(workers, items),
+        **launch(workers, cut.items),
     )(list(queries), cut.operands())

@@ -17,7 +17,6 @@ from seqeff_kernels.range_attention.mosaic.pieces import (
     Ring,
     add_product,
     bound_line,
-    copy_tiles,
     filled,
     for_each_item,
     indices,
@@ -64,13 +63,11 @@ def queries_gradient(
 ) -> Array:
     """Gradient of one of the distinct queries, which `sources` take."""
     tiles, factor = plan.tiles, plan.scale * LOG2E
-    batch, _, heads, head_dim = queries.shape
+    _, _, heads, head_dim = queries.shape
     dtype = queries.dtype
     block, workers, size = tiles.block_rows, tiles.workers, tiles.backward_tile
     stages, buffers = tiles.backward_stages, tiles.backward_buffers
-    group = heads // sources[0].keys.shape[2]
-    cut = Rows(sources, [size] * len(sources), tiles)
-    items = cut.programs * batch * heads
+    cut = Rows(heads, sources, [size] * len(sources), tiles)
 
     def kernel(query_ref, statistics_refs, source_refs, gradient_ref, scratch):
         rows_scratch, key_scratch, value_scratch = scratch
@@ -79,19 +76,15 @@ def queries_gradient(
         query_smem, output_smem, offset_smem, delta_smem, bounds_smem = own_ring.buffers
         output_ref, offset_ref, delta_ref = statistics_refs
 
-        def locate(item):
-            batch_index, program, head = split_item(item, cut.programs, heads)
-            return cut.programs - 1 - program, batch_index, head, lax.div(head, jnp.int32(group))
-
         def compute(worker):
             def one_item(item, step, copied):
-                program, batch_index, head, _ = locate(item)
+                place = cut.locate(item)
                 own = own_ring.slot(step)
                 own_ring.take(own)
                 mine = pl.ds(worker * block, block)
                 offset, delta = (load_rows(x.at[own, mine]) for x in (offset_smem, delta_smem))
                 gradient = filled((block, head_dim), 0)
-                for index, visits in enumerate(cut.visits(bounds_smem, own, worker)):
+                for index, visits in enumerate(cut.visits(bounds_smem, own, worker, place.split)):
                     bounds = cut.bounds(bounds_smem, own, index, worker)
 
                     def slot_of(tile, copied=copied, visits=visits):
@@ -135,55 +128,26 @@ def queries_gradient(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
                     query_smem.at[own, worker],
-                    gradient_ref.at[batch_index, cut.rows_of(program, worker), head],
+                    gradient_ref.at[place.batch_index, cut.rows_of(place, worker), place.head],
                 )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 own_ring.give(own)
                 return copied
 
-            for_each_item(items, one_item, jnp.int32(0))
+            for_each_item(cut.items, one_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
+        def own_copies(place, own):
+            for worker in range(workers):
+                rows = cut.rows_of(place, worker)
+                for ref, smem in ((query_ref, query_smem), (output_ref, output_smem)):
+                    yield ref.at[place.batch_index, rows, place.head], smem.at[own, worker]
+            rows = cut.all_rows_of(place)
+            for ref, smem in ((offset_ref, offset_smem), (delta_ref, delta_smem)):
+                yield ref.at[place.batch_index, place.head, rows], smem.at[own]
+
         def copy():
-            def read(item):
-                program, batch_index, _, kv_head = locate(jnp.minimum(item, items - 1))
-                return cut.read(source_refs, program, batch_index, kv_head)
-
-            def one_item(item, step, carry):
-                copied, spans = carry
-                upcoming = read(item + lax.axis_size("core"))
-                program, batch_index, head, kv_head = locate(item)
-
-                def own_copies(own):
-                    for worker in range(workers):
-                        rows = cut.rows_of(program, worker)
-                        yield query_ref.at[batch_index, rows, head], query_smem.at[own, worker]
-                        yield output_ref.at[batch_index, rows, head], output_smem.at[own, worker]
-                    rows = pl.ds(program * tiles.rows_of_program, tiles.rows_of_program)
-                    yield offset_ref.at[batch_index, head, rows], offset_smem.at[own]
-                    yield delta_ref.at[batch_index, head, rows], delta_smem.at[own]
-                    yield from cut.bounds_copies(
-                        source_refs, bounds_smem, own, program, batch_index, kv_head
-                    )
-
-                own_ring.fill(step, own_copies)
-                for refs, span in zip(source_refs, cut.copied(spans), strict=True):
-                    copy_tiles(
-                        refs[:2],
-                        (key_ring, value_ring),
-                        span,
-                        copied,
-                        size,
-                        lambda ref, entries: ref.at[batch_index, entries, kv_head],
-                    )
-                    copied += span[1] - span[0]
-                return copied, upcoming
-
-            (copied, _), count = for_each_item(
-                items, one_item, (jnp.int32(0), read(lax.axis_index("core")))
-            )
-            for ring, steps in ((key_ring, copied), (value_ring, copied), (own_ring, count)):
-                ring.drain(steps)
+            cut.copy_all(source_refs, own_ring, own_copies, (key_ring, value_ring))
 
         roles(workers, compute, copy)
 
@@ -205,7 +169,7 @@ def queries_gradient(
                 ring(stages, entry_tile, copies=1),
             )
         ],
-        **launch(workers, items),
+        **launch(workers, cut.items),
     )(queries, statistics, cut.operands())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -11,14 +11,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqeff_kernels.range_attention.mosaic.pieces import (
+    Ring,
     Visits,
     bound_line,
+    copy_tiles,
+    for_each_item,
     load_rows,
     pad_to,
+    split_item,
     tile_visits,
 )
 from seqeff_kernels.range_attention.mosaic.tiles import Tiles
 from seqeff_kernels.range_attention.sources import ListedSource
+
+
+class Place(NamedTuple):
+    """What an item of work is: the rows of a program, of one head."""
+
+    program: Array
+    batch_index: Array
+    split: Array
+    head: Array
+    kv_head: Array
 
 
 class Rows:
@@ -30,9 +44,15 @@ class Rows:
     """
 
     def __init__(
-        self, sources: Sequence[ListedSource], sizes: Sequence[int], tiles: Tiles, splits: int = 1
+        self,
+        heads: int,
+        sources: Sequence[ListedSource],
+        sizes: Sequence[int],
+        tiles: Tiles,
+        splits: int = 1,
     ) -> None:
         self._sources, self._sizes, self._splits = sources, sizes, splits
+        self._heads = heads
         self._block, self._workers = tiles.block_rows, tiles.workers
         self._rows = self._block * self._workers
         # rows after the last one repeat it
@@ -40,7 +60,18 @@ class Rows:
             tuple(pad_to(b, 2, self._rows, mode="edge") for b in (s.start, s.end)) for s in sources
         ]
         self.padded = self._bounds[0][0].shape[-1]
-        self.programs = self.padded // self._rows
+        self._programs = self.padded // self._rows
+        batch, _, self._kv_heads, _ = sources[0].keys.shape
+        self.items = self._programs * batch * splits * heads
+
+    def locate(self, item: Array) -> Place:
+        """The place of an item: later rows, which attend more, are the first of a row's."""
+        batch_index, program, split, head = split_item(
+            item, self._programs, self._splits, self._heads
+        )
+        program = self._programs - 1 - program
+        kv_head = lax.div(head, jnp.int32(self._heads // self._kv_heads))
+        return Place(program, batch_index, split, head, kv_head)
 
     def operands(self) -> list[tuple[Array, ...]]:
         """Keys, values, start and end of each source."""
@@ -50,42 +81,92 @@ class Rows:
         """Shared memory for a program's bounds: start and end of each source."""
         return plgpu.SMEM((buffers, len(self._sources), 2, self._rows), jnp.int32)
 
-    def rows_of(self, program: Array, worker: Any) -> Any:
+    def rows_of(self, place: Place, worker: Any) -> Any:
         """A worker's rows."""
-        return pl.ds(program * self._rows + worker * self._block, self._block)
+        return pl.ds(place.program * self._rows + worker * self._block, self._block)
 
-    def bounds_copies(
-        self, refs: Any, smem: Any, own: Array, program: Array, batch_index: Array, kv_head: Array
+    def all_rows_of(self, place: Place) -> Any:
+        """The rows of all workers."""
+        return pl.ds(place.program * self._rows, self._rows)
+
+    def copy_all(
+        self,
+        refs: Any,
+        own_ring: Ring,
+        own_copies: Callable[[Place, Array], Iterable[tuple[Any, Any]]],
+        rings: tuple[Ring, Ring],
+    ) -> None:
+        """All that the copying worker does: what is the rows' own, then their entries, in tiles.
+
+        Args:
+          refs: of `operands`.
+          own_copies: to a slot of `own_ring`, whose last buffer is `bounds_memory`, which is
+            filled too.
+          rings: for keys and for values.
+        """
+
+        def read(item):
+            return self._spans(refs, self.locate(jnp.minimum(item, self.items - 1)))
+
+        def one_item(item, step, carry):
+            copied, spans = carry
+            upcoming = read(item + lax.axis_size("core"))
+            place = self.locate(item)
+
+            def copies(own):
+                yield from own_copies(place, own)
+                yield from self._bounds_copies(refs, own_ring.buffers[-1], own, place)
+
+            own_ring.fill(step, copies)
+            for (keys, values, *_), span, size in zip(
+                refs, self._copied(spans, place.split), self._sizes, strict=True
+            ):
+                copy_tiles(
+                    (keys, values),
+                    rings,
+                    span,
+                    copied,
+                    size,
+                    lambda ref, entries: ref.at[place.batch_index, entries, place.kv_head],
+                )
+                copied += span[1] - span[0]
+            return copied, upcoming
+
+        (copied, _), count = for_each_item(
+            self.items, one_item, (jnp.int32(0), read(lax.axis_index("core")))
+        )
+        for ring, steps in ((rings[0], copied), (rings[1], copied), (own_ring, count)):
+            ring.drain(steps)
+
+    def _bounds_copies(
+        self, refs: Any, smem: Any, own: Array, place: Place
     ) -> Iterator[tuple[Any, Any]]:
         """Copies of a program's bounds."""
-        rows = pl.ds(program * self._rows, self._rows)
         for source, (_, _, *bounds) in enumerate(refs):
             for which, ref in enumerate(bounds):
-                line = bound_line(ref, batch_index, kv_head)
-                yield ref.at[(*line, rows)], smem.at[own, source, which]
+                line = bound_line(ref, place.batch_index, place.kv_head)
+                yield ref.at[(*line, self.all_rows_of(place))], smem.at[own, source, which]
 
-    def read(
-        self, refs: Any, program: Array, batch_index: Array, kv_head: Array
-    ) -> list[tuple[Array, Array]]:
+    def _spans(self, refs: Any, place: Place) -> list[tuple[Array, Array]]:
         """Lowest start and highest end of a program's rows, for each source."""
-        first = program * self._rows
+        first = place.program * self._rows
         return [
             (
-                start[(*bound_line(start, batch_index, kv_head), first)],
-                end[(*bound_line(end, batch_index, kv_head), first + self._rows - 1)],
+                start[(*bound_line(start, place.batch_index, place.kv_head), first)],
+                end[(*bound_line(end, place.batch_index, place.kv_head), first + self._rows - 1)],
             )
             for _, _, start, end in refs
         ]
 
-    def copied(
-        self, spans: Sequence[tuple[Array, Array]], split: Array | None = None
+    def _copied(
+        self, spans: Sequence[tuple[Array, Array]], split: Array
     ) -> list[tuple[Array, Array]]:
         """The tiles of each source that a program copies: its split of all that its rows visit."""
         tiles = []
         for (start, end), size in zip(spans, self._sizes, strict=True):
             first = _before(start, size)
             tiles.append((first, jnp.maximum(first, _after(end, size))))
-        if split is None or self._splits == 1:
+        if self._splits == 1:
             return tiles
         total = sum(last - first for first, last in tiles)
         low, high = (lax.div(total * s, jnp.int32(self._splits)) for s in (split, split + 1))
@@ -96,9 +177,7 @@ class Rows:
             low, high = low - count, high - count
         return parts
 
-    def visits(
-        self, smem: Any, own: Array, worker: Array, split: Array | None = None
-    ) -> list[Visits]:
+    def visits(self, smem: Any, own: Array, worker: Array, split: Array) -> list[Visits]:
         """What a worker visits in each source, from the bounds in shared memory."""
         sources = range(len(self._sources))
         spans = [(smem[own, s, 0, 0], self.end(smem, own, s)) for s in sources]
@@ -113,7 +192,7 @@ class Rows:
                 copied,
             )
             for source, copied, size in zip(
-                sources, self.copied(spans, split), self._sizes, strict=True
+                sources, self._copied(spans, split), self._sizes, strict=True
             )
         ]
 

@@ -125,10 +125,13 @@ def attend(
 
 
 def _tuned(queries: Array, sources: tuple[Source, ...]) -> Plan:
-    entry = tuning.choose("attention", "triton", tuning.attention_key(queries, sources))
-    if entry is None:
-        return plan(queries.shape[-1], str(queries.dtype))
-    return Plan(**{kernel: Tiles(**sizes) for kernel, sizes in entry.items()})
+    return tuning.planned(
+        "attention",
+        "triton",
+        tuning.attention_key(queries, sources),
+        lambda **kernels: Plan(**{kernel: Tiles(**sizes) for kernel, sizes in kernels.items()}),
+        lambda: plan(queries.shape[-1], str(queries.dtype)),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
