@@ -13,6 +13,7 @@ from flax import nnx
 from seqeff import config
 from seqeff.checks import ConfigError
 from seqeff.models import Attention
+from seqeff.models.attention.protocol import Heads
 from seqeff_kernels.range_attention import range_attention
 
 REPOSITORY = Path(__file__).parents[1]
@@ -80,9 +81,11 @@ def test_it_attends_the_tokens_of_its_mask(model, documents):
 
     @jax.jit
     def attended(tokens, starts):
-        plan = attention.plan(tokens, starts)
         zeros = jnp.zeros_like(values)
-        return range_attention(zeros, attention.sources(plan, zeros, values, 0, LENGTH))[0]
+        heads = Heads(queries=zeros, keys=zeros, values=values)
+        return range_attention(zeros, attention.sources(attention.plan(tokens, starts), heads, 0))[
+            0
+        ]
 
     weights = attended(tokens, starts)[:, :, 0]
     np.testing.assert_allclose(weights, mask / mask.sum(-1, keepdims=True), atol=1e-6)

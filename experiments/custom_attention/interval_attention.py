@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from seqeff.checks import check_types, require
-from seqeff.models.attention.protocol import take_rows
+from seqeff.models.attention.protocol import Heads, take_rows
 from seqeff_kernels.range_attention import (
     PackedIndices,
     RangeSource,
@@ -74,22 +74,20 @@ class IntervalAttention:
     def sources(
         self,
         plan: IntervalPlan,
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-        first_row: Int[Array, ""] | int,
-        rows: int,
+        heads: Heads,
+        first_row: Int[Array, ""] | Int[Array, " batch"] | int,
     ) -> tuple[Source, Source]:
         kept = RangeSource(
-            keys,
-            values,
-            start=take_rows(plan.start, first_row, rows),
-            end=take_rows(plan.end, first_row, rows),
+            heads.keys,
+            heads.values,
+            start=take_rows(plan.start, first_row, heads.rows),
+            end=take_rows(plan.end, first_row, heads.rows),
             packed=plan.packed,
         )
         recent = TokenSource(
-            keys,
-            values,
-            document_start=take_rows(plan.document_start, first_row, rows),
+            heads.keys,
+            heads.values,
+            document_start=take_rows(plan.document_start, first_row, heads.rows),
             window=self.window,
             row_offset=first_row,
         )

@@ -69,8 +69,7 @@ class Generator:
           UserError: see `check_prompt`.
         """
         check_prompt(prompt, self.context)
-        # rounding the prompt up keeps the number of compiled lengths small; what follows it is
-        # overwritten before any token can attend it
+        # rounding the prompt up keeps the number of compiled lengths small
         padded = min(-len(prompt) % _PREFILL_ROUNDING + len(prompt), self.context)
         ids = np.zeros((1, padded), np.int32)
         ids[0, : len(prompt)] = prompt
@@ -121,12 +120,11 @@ def _extend(
 ) -> tuple[jax.Array, Cache]:
     """Takes the first `count` tokens into the cache and draws the next one."""
     model = nnx.merge(graph, parameters)
-    before = cache.length
-    hidden, cache = model.extend(tokens, cache)
+    drawn_before = cache.length[0]
+    hidden, cache = model.extend(tokens, cache, jnp.full(tokens.shape[:1], count, jnp.int32))
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
     logits = model.logits(last)[:, 0, :vocabulary_size]
-    token = _draw(logits, jax.random.fold_in(key, before), sampling)
-    return token, cache._replace(length=before + count)
+    return _draw(logits, jax.random.fold_in(key, drawn_before), sampling), cache
 
 
 def _draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -7,12 +7,13 @@ from seqeff.models.initialisation import NormalInitialisation, SmallInitialisati
 from seqeff.models.linear import DenseLinear, LowRankLinear
 from seqeff.models.norms import LayerNorm, RMSNorm
 from seqeff.models.parameters import parameter_shardings
-from seqeff.models.positions import LearnedPositions, NoPositions, Rotary
+from seqeff.models.positions import BilevelPositions, LearnedPositions, NoPositions, Rotary
 from seqeff.models.projections import HeadProjections
 from seqeff.models.transformer import Cache, Transformer, TransformerConfig
 
 __all__ = [
     "Attention",
+    "BilevelPositions",
     "Cache",
     "DenseAttention",
     "DenseLinear",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from seqeff.models.attention.protocol import Heads
 from seqeff.models.transformer import Transformer, TransformerConfig
 
 
@@ -38,13 +39,14 @@ def attended_entries(
     """Mean number of entries that a token attends, summed over the layers, for given tokens."""
     batch, length = tokens.shape
     empty = jnp.zeros((batch, length, 1, 1), jnp.float32)
+    heads = Heads(empty, empty, empty, turn=lambda x, _: x)
 
     @jax.jit
     def count(tokens: jax.Array, document_start: jax.Array | None) -> jax.Array:
         total = jnp.zeros((), jnp.float32)
         for attention, first, end in config.runs():
             plan = attention.plan(tokens, document_start)
-            for source in attention.sources(plan, empty, empty, 0, length):
+            for source in attention.sources(plan, heads, 0):
                 start, stop = source.bounds(length)
                 entries = jnp.maximum(stop - start, 0).astype(jnp.float32)
                 total += (end - first) * jnp.mean(entries)

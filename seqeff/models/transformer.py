@@ -19,11 +19,13 @@ from seqeff.checks import check_types, require
 from seqeff.models import parameters
 from seqeff.models.attention import Attention, DenseAttention
 from seqeff.models.attention.attend import attend
+from seqeff.models.attention.protocol import Heads
+from seqeff.models.caches import CacheKind, LayersCache, Sizes, kind_of
 from seqeff.models.embedding import embed
 from seqeff.models.feed_forward import FeedForward
 from seqeff.models.initialisation import Initialisation, NormalInitialisation
 from seqeff.models.norms import LayerNorm, Norm
-from seqeff.models.positions import Positions, Rotary, Rotation
+from seqeff.models.positions import LearnedPositions, Located, Positions, Rotary, Rotation
 from seqeff.models.projections import HeadProjections
 from seqeff_kernels.range_attention import Backend
 
@@ -110,6 +112,7 @@ class TransformerConfig:
         return dataclasses.replace(
             self,
             attention=self.attention.for_vocabulary(vocabulary),
+            positions=self.positions.for_vocabulary(vocabulary),
             layer_attention={
                 layer: attention.for_vocabulary(vocabulary)
                 for layer, attention in self.layer_attention.items()
@@ -137,23 +140,17 @@ class TransformerConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, for decoding with any attention.
+    """What a model remembers of rows while it decodes. A row is one document.
 
-    `tokens` [batch, capacity] and `keys`, `values` [layers, batch, capacity, kv_heads, head_dim]
-    are filled up to `length`, which all rows share. A row is one document.
+    Attributes:
+      length: tokens so far.
+      located: what the positions carry on.
+      layers: of each run of layers that attend alike.
     """
 
-    tokens: Int[Array, "batch capacity"]
-    keys: Float[Array, "layers batch capacity kv_heads head_dim"]
-    values: Float[Array, "layers batch capacity kv_heads head_dim"]
-    length: Int[Array, ""]
-
-
-class _Step(NamedTuple):
-    """What all layers share in one call."""
-
-    rotation: Rotation | None
-    first_row: Int[Array, ""] | int
+    length: Int[Array, " batch"]
+    located: Any
+    layers: tuple[LayersCache, ...]
 
 
 class Layer(nnx.Module):
@@ -170,13 +167,16 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch rows width"],
-        attention: Attention,
-        plan: Any,
-        step: _Step,
-        cache: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[Float[Array, "batch rows width"], tuple[jax.Array, jax.Array] | None]:
+        look: Callable[[Heads, Any], tuple[jax.Array, Any]],
+        rotation: Rotation | None,
+        cache: Any,
+    ) -> tuple[Float[Array, "batch rows width"], Any]:
+        """
+        Args:
+          look: from a layer's heads and cache to what they attend and the cache with them.
+        """
         x = parameters.constrain(x, None, None)
-        attended, cache = self._attend(self.attention_norm(x), attention, plan, step, cache)
+        attended, cache = self._attend(self.attention_norm(x), look, rotation, cache)
         if self.config.residual == "parallel":
             return x + attended + self.feed_forward(self.feed_forward_norm(x)), cache
         x = x + attended
@@ -185,22 +185,22 @@ class Layer(nnx.Module):
     def _attend(
         self,
         x: jax.Array,
-        attention: Attention,
-        plan: Any,
-        step: _Step,
-        cache: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        look: Callable[[Heads, Any], tuple[jax.Array, Any]],
+        rotation: Rotation | None,
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
         queries, keys, values = self.projections.split(x)
-        if step.rotation is not None:
-            queries = self.config.positions.rotate(queries, step.rotation)
-            keys = self.config.positions.rotate(keys, step.rotation)
-        if cache is not None:
-            start = (0, step.first_row, 0, 0)
-            keys = jax.lax.dynamic_update_slice(cache[0], keys.astype(cache[0].dtype), start)
-            values = jax.lax.dynamic_update_slice(cache[1], values.astype(cache[1].dtype), start)
-            cache = keys, values
-        sources = attention.sources(plan, keys, values, step.first_row, x.shape[1])
-        attended = attend(queries, sources, self.config.attention_backend)
+        positions, head_dim = self.config.positions, queries.shape[-1]
+
+        def turn(x: jax.Array, by: jax.Array) -> jax.Array:
+            further = positions.rotation(by, head_dim)
+            assert further is not None
+            return positions.rotate(x, further)
+
+        if rotation is not None:
+            queries, keys = (positions.rotate(x, rotation) for x in (queries, keys))
+        heads = Heads(queries, keys, values, None if rotation is None else turn)
+        attended, cache = look(heads, cache)
         return self.projections.merge(attended), cache
 
 
@@ -249,73 +249,117 @@ class Transformer(nnx.Module):
           document_start: row index of the first token of each token's document; None: a row is
             attended from its beginning.
         """
+        config = self.config
         rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        positions = rows if document_start is None else rows - document_start
-        return self._run(tokens, positions, tokens, document_start, first_row=0, cache=None)[0]
-
-    def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache for `capacity` tokens a row."""
-        config = self.config
-        heads, head_dim = config.projections.groups(), config.projections.size(config.width)
-        shape = (config.layers, batch, capacity, heads, head_dim)
-        zeros = jnp.zeros(shape, config.dtype)
-        tokens = jnp.zeros((batch, capacity), jnp.int32)
-        return Cache(tokens, zeros, zeros, jnp.zeros((), jnp.int32))
-
-    def extend(
-        self, tokens: Int[Array, "batch rows"], cache: Cache
-    ) -> tuple[Float[Array, "batch rows width"], Cache]:
-        """Final hidden states of tokens that follow the cache's, and the cache with them in it.
-
-        The caller keeps `cache.length + rows` within the capacity.
-        """
-        seen = jax.lax.dynamic_update_slice(cache.tokens, tokens, (0, cache.length))
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) + cache.length
-        hidden, (keys, values) = self._run(
-            tokens, positions, seen, None, cache.length, (cache.keys, cache.values)
-        )
-        return hidden, Cache(seen, keys, values, cache.length + tokens.shape[1])
-
-    def _run(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        context: jax.Array,
-        document_start: jax.Array | None,
-        first_row: jax.Array | int,
-        cache: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, Any]:
-        """All layers over `tokens`, rows [first_row, ...) of `context`."""
-        config = self.config
-        table = parameters.whole_rows(self.embedding[...])
-        x = embed(table, tokens, jnp.dtype(config.dtype), config.embedding_gradient)
-        if self.position_embedding is not None:
-            table = self.position_embedding[...]
-            require(
-                context.shape[1] <= table.shape[0],
-                f"LearnedPositions.length = {table.shape[0]} is below the row's "
-                f"{context.shape[1]} tokens",
-            )
-            x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
-        head_dim = config.projections.size(config.width)
-        step = _Step(config.positions.rotation(positions, head_dim), first_row)
-        graph, stacked = nnx.split(self.layers)
-        caches = []
+        index = rows if document_start is None else rows - document_start
+        carried = config.positions.carry(tokens.shape[0])
+        located, _ = config.positions.locate(tokens, index, carried, None)
+        x, rotation = self._begin(tokens, located)
         plans: list[tuple[Attention, Any]] = []
         for attention, first, end in config.runs():
             plan = next((plan for method, plan in plans if method == attention), None)
             if plan is None:
-                plan = attention.plan(context, document_start)
+                plan = attention.plan(tokens, document_start)
                 plans.append((attention, plan))
 
-            layer = self._rematerialised(functools.partial(_layer, graph, attention, plan, step))
-            part = slice(first, end)
-            inputs = jax.tree.map(operator.itemgetter(part), (stacked, cache))
-            x, layer_cache = jax.lax.scan(layer, x, inputs, unroll=min(config.unroll, end - first))
-            caches.append(layer_cache)
-        if cache is not None:
-            cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        return self.final_norm(x), cache
+            def look(
+                heads: Heads, _: Any, attention: Attention = attention, plan: Any = plan
+            ) -> tuple[jax.Array, Any]:
+                sources = attention.sources(plan, heads, 0)
+                return attend(heads.queries, sources, config.attention_backend), None
+
+            x, _ = self._layers(x, look, rotation, slice(first, end), None)
+        return self.final_norm(x)
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache of rows without tokens, for up to `capacity` of them.
+
+        Raises:
+          ConfigError: the positions' table is shorter.
+        """
+        config = self.config
+        self._require_positions(capacity)
+        sizes = Sizes(
+            batch,
+            capacity,
+            config.projections.groups(),
+            config.projections.size(config.width),
+            config.dtype,
+        )
+        layers = tuple(
+            LayersCache.empty(kind_of(attention), end - first, sizes)
+            for attention, first, end in config.runs()
+        )
+        return Cache(jnp.zeros(batch, jnp.int32), config.positions.carry(batch), layers)
+
+    def extend(
+        self,
+        tokens: Int[Array, "batch rows"],
+        cache: Cache,
+        count: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch rows width"], Cache]:
+        """Final hidden states of tokens that follow the cache's, and the cache with them in it.
+
+        Args:
+          count: how many of each row's tokens are real; what follows them is passed over, and its
+            states are of no meaning. None: all.
+
+        The caller keeps `cache.length + count` within the capacity, where a cache grows.
+        """
+        config = self.config
+        if count is None:
+            count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        index = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        located, carried = config.positions.locate(tokens, index, cache.located, count)
+        x, rotation = self._begin(tokens, located)
+        caches = []
+        for (_, first, end), layers in zip(config.runs(), cache.layers, strict=True):
+            step, state = layers.kind.begin(layers.state, tokens, count)
+
+            def look(
+                heads: Heads, arrays: Any, kind: CacheKind = layers.kind, step: Any = step
+            ) -> tuple[jax.Array, Any]:
+                return kind.attend(step, arrays, heads, config.attention_backend)
+
+            x, arrays = self._layers(x, look, rotation, slice(first, end), layers.arrays)
+            caches.append(dataclasses.replace(layers, state=state, arrays=arrays))
+        return self.final_norm(x), Cache(cache.length + count, carried, tuple(caches))
+
+    def _begin(self, tokens: jax.Array, located: Located) -> tuple[jax.Array, Rotation | None]:
+        """Embedded tokens, and the rotation of their heads."""
+        config = self.config
+        table = parameters.whole_rows(self.embedding[...])
+        x = embed(table, tokens, jnp.dtype(config.dtype), config.embedding_gradient)
+        if self.position_embedding is not None:
+            self._require_positions(tokens.shape[1])
+            table = self.position_embedding[...]
+            x = x + jnp.take(table, located.embedded, axis=0).astype(x.dtype)
+        head_dim = config.projections.size(config.width)
+        return x, config.positions.rotation(located.rotated, head_dim)
+
+    def _require_positions(self, length: int) -> None:
+        positions = self.config.positions
+        if isinstance(positions, LearnedPositions):
+            require(
+                length <= positions.length,
+                f"LearnedPositions.length = {positions.length} is below the row's {length} tokens",
+            )
+
+    def _layers(
+        self,
+        x: jax.Array,
+        look: Callable[[Heads, Any], tuple[jax.Array, Any]],
+        rotation: Rotation | None,
+        part: slice,
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
+        """Neighbouring layers, as a loop, and their caches."""
+        graph, stacked = nnx.split(self.layers)
+        layer = self._rematerialised(functools.partial(_layer, graph, look, rotation))
+        inputs = jax.tree.map(operator.itemgetter(part), stacked), cache
+        return jax.lax.scan(
+            layer, x, inputs, unroll=min(self.config.unroll, part.stop - part.start)
+        )
 
     def _rematerialised(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         if self.config.rematerialise == "nothing":
@@ -327,15 +371,14 @@ class Transformer(nnx.Module):
 
 def _layer(
     graph: nnx.GraphDef,
-    attention: Attention,
-    plan: Any,
-    step: _Step,
+    look: Callable[[Heads, Any], tuple[jax.Array, Any]],
+    rotation: Rotation | None,
     x: jax.Array,
     inputs: tuple[Any, Any],
 ) -> tuple[jax.Array, Any]:
     """The body of the loop over layers."""
     state, cache = inputs
-    return nnx.merge(graph, state)(x, attention, plan, step, cache)
+    return nnx.merge(graph, state)(x, look, rotation, cache)
 
 
 def _stack(config: TransformerConfig, rngs: nnx.Rngs) -> Layer:

@@ -46,6 +46,19 @@ ATTENTIONS = {
     "window": DenseAttention(window=9),
     "separator": SeparatorAttention(window=7, initial_tokens=3, separator_ids=SEPARATORS),
     "streaming": SeparatorAttention(window=1, initial_tokens=4, separator_ids=()),
+    "bounded": SeparatorAttention(
+        window=5, initial_tokens=2, separators=3, separator_ids=SEPARATORS
+    ),
+    "bounded alone": SeparatorAttention(
+        window=3, initial_tokens=0, separators=1, separator_ids=SEPARATORS
+    ),
+    "fixed": SeparatorAttention(window=4, initial_tokens=2, separator_ids=(), interval=5),
+    "of the row": SeparatorAttention(
+        window=4, initial_tokens=3, initial_of="row", separator_ids=SEPARATORS
+    ),
+    "compact": SeparatorAttention(
+        window=6, initial_tokens=2, separators=4, separator_ids=SEPARATORS, positions="compact"
+    ),
     "interval": IntervalAttention(interval=5, initial_tokens=2, window=4),
 }
 
@@ -60,7 +73,18 @@ def naive_mask(attention: Any, tokens: np.ndarray, document_start: np.ndarray) -
         case DenseAttention():
             kept = np.full(tokens.shape, attention.window is None)
         case SeparatorAttention():
-            kept = (position < attention.initial_tokens) | np.isin(tokens, attention.separator_ids)
+            token = np.arange(tokens.shape[1])
+            first = document_start if attention.initial_of == "document" else document_start[:, :1]
+            initial = (token >= first) & (token - first < attention.initial_tokens)
+            separators = np.isin(tokens, attention.separator_ids)
+            if attention.interval is not None:
+                separators |= position % attention.interval == 0
+            near = age < attention.window
+            far = own_document & ~near & (separators & ~initial)[:, None, :]
+            if attention.separators is not None:
+                newest = np.cumsum(far[..., ::-1], axis=-1)[..., ::-1]
+                far &= newest <= attention.separators
+            return own_document & (near | far | initial[:, None, :])
         case IntervalAttention():
             kept = (position < attention.initial_tokens) | (position % attention.interval == 0)
     return own_document & (kept[:, None, :] | (age < (attention.window or 1)))

@@ -20,6 +20,7 @@ from model_cases import (
 )
 
 from seqeff.models import Attention, DenseAttention, SeparatorAttention
+from seqeff.models.attention.protocol import Heads
 from seqeff.models.flops import attended_entries
 from seqeff_kernels.range_attention import range_attention
 
@@ -35,9 +36,10 @@ def counter(name, first_row, rows):
     def count(tokens, starts, first_row):
         token = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.float32), tokens.shape)
         token = token[..., None, None]
+        heads = Heads(jnp.zeros((tokens.shape[0], rows, 1, 1)), token, token, lambda x, _: x)
         plan = attention.plan(tokens, starts)
         counts = jnp.zeros((tokens.shape[0], rows, tokens.shape[1]), jnp.int32)
-        for source in attention.sources(plan, token, token, first_row, rows):
+        for source in attention.sources(plan, heads, first_row):
             _, keys, _, start, end = source.listed(rows)
             entry = jnp.arange(keys.shape[1])
             inside = (entry >= start[..., None]) & (entry < end[..., None])
@@ -84,6 +86,10 @@ def test_later_rows_attend_what_they_attend_among_all_rows(name):
         ("separator", 6, 2, 129, ((0, 1, 70), (0, 12), (0,))),
         ("separator", 3, 1, 63, None),
         ("interval", 2, 2, 129, None),
+        ("bounded", 4, 2, 129, ((0, 1, 70), (0, 12), (0,))),
+        ("bounded alone", 2, 1, 63, None),
+        ("fixed", 4, 4, 63, None),
+        ("of the row", 4, 2, 63, ((0, 30), (0, 3), (0,))),
     ],
 )
 def test_values_and_gradients_equal_naive_attention(name, heads, kv_heads, length, begins):
@@ -99,7 +105,8 @@ def test_values_and_gradients_equal_naive_attention(name, heads, kv_heads, lengt
     )
 
     def ours(queries, keys, values):
-        sources = attention.sources(attention.plan(tokens, starts), keys, values, 0, length)
+        heads = Heads(queries, keys, values)
+        sources = attention.sources(attention.plan(tokens, starts), heads, 0)
         return range_attention(queries, sources)[0]
 
     def naive(queries, keys, values):

@@ -10,7 +10,13 @@ from flax import nnx
 from model_cases import documents, hidden, random_model, random_tokens, small_config
 
 from seqeff.checks import ConfigError
-from seqeff.models import HeadProjections, LearnedPositions, NoPositions, Rotary
+from seqeff.models import (
+    BilevelPositions,
+    HeadProjections,
+    LearnedPositions,
+    NoPositions,
+    Rotary,
+)
 
 
 def complex_rotation(x, positions, base, rotated, pairs):
@@ -41,6 +47,72 @@ def test_rotation_is_that_of_complex_numbers(pairs, head_dim, fraction, rotated)
     assert rotary.rotate(x.astype(jnp.bfloat16), rotary.rotation(positions, head_dim)).dtype == (
         jnp.bfloat16
     )
+
+
+def test_angles_of_large_positions_are_exact():
+    """Float32 products would be off by a quarter of a radian at four million."""
+    positions = np.array([[0, 1, 4095, 1_000_003, 4_194_303, 2**31 - 1, -1, -4_194_303]])
+    rotation = Rotary().rotation(positions, 16)
+    angles = positions[0][:, None] * 10_000.0 ** (-np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(rotation.cosine[0, :, 0], np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(rotation.sine[0, :, 0], np.sin(angles), atol=1e-6)
+
+
+def test_rotations_add_up():
+    rotary = Rotary()
+    x = np.random.default_rng(0).normal(size=(1, 5, 2, 8)).astype(np.float32)
+    first, second = np.array([[3, 70, 4_000_000, 9, 0]]), np.array([[-3, 5, -3_999_990, 0, 7]])
+
+    def rotate(x, by):
+        return rotary.rotate(x, rotary.rotation(by, 8))
+
+    np.testing.assert_allclose(
+        rotate(rotate(x, first), second), rotate(x, first + second), atol=3e-6
+    )
+
+
+def naive_segments(tokens, starts, separators):
+    """Separators before each token of its document, and tokens since the last of them."""
+    before, since = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, token in np.ndindex(tokens.shape):
+        first = starts[row, token]
+        earlier = [t for t in range(first, token) if tokens[row, t] in separators]
+        before[row, token] = len(earlier)
+        since[row, token] = token - (max(earlier) + 1 if earlier else first)
+    return before, since
+
+
+def test_segments_are_counted_from_their_separators():
+    positions = BilevelPositions(separator_ids=(1, 2), segment_length=4)
+    tokens = np.random.default_rng(0).integers(0, 6, (3, 40)).astype(np.int32)
+    starts = documents(40, (0, 7, 8, 30), (0,), (0, 39))
+    before, since = naive_segments(tokens, starts, (1, 2))
+    located, carried = positions.locate(
+        tokens, np.arange(40) - starts, positions.carry(3), jnp.asarray([40, 40, 17])
+    )
+    np.testing.assert_array_equal(located.rotated, before)
+    np.testing.assert_array_equal(located.embedded, np.minimum(since, 3))
+    # what the next token would have
+    assert int(carried.separators[1]) == before[1, -1] + (tokens[1, -1] in (1, 2))
+    assert int(carried.separators[2]) == before[2, 17]
+    assert int(carried.since[2]) == since[2, 17]
+    # the rest of a row follows
+    rest, _ = positions.locate(
+        tokens[2:, 17:39], np.arange(17, 39)[None], jax.tree.map(lambda x: x[2:], carried), None
+    )
+    np.testing.assert_array_equal(rest.rotated, before[2:, 17:39])
+    np.testing.assert_array_equal(rest.embedded, np.minimum(since, 3)[2:, 17:39])
+
+
+def test_bad_segments():
+    with pytest.raises(ConfigError, match=r"BilevelPositions\.segment_length = 0 must be at least"):
+        BilevelPositions(segment_length=0)
+    with pytest.raises(ConfigError, match=r"BilevelPositions\.preset = 'opt' is not one of pythia"):
+        BilevelPositions(preset="opt")
+    with pytest.raises(ConfigError, match=r"BilevelPositions\.fraction = 2.0 must be in"):
+        BilevelPositions(fraction=2.0)
+    found = BilevelPositions(characters=".").for_vocabulary(["a", ".", "b."])
+    assert found.separator_ids == (1, 2)
 
 
 def test_no_positions_change_nothing():

@@ -103,7 +103,7 @@ def test_ids_that_the_tokens_never_reach_are_no_separators():
     tokens = np.array([[0, 9, 1, 9, 0, 0]])
     attention = SeparatorAttention(window=1, initial_tokens=0, separator_ids=(1,))
     plan = quick_jit(lambda tokens: attention.plan(tokens, None))(tokens)
-    np.testing.assert_array_equal(plan.packed.count[0], [0, 0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(plan.kept[0].packed.count[0], [0, 0, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize(

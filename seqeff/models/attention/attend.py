@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from seqeff.checks import require
 from seqeff.models.parameters import batch_axes, head_axis
+from seqeff_kernels.decode_attention import CacheBlock, decode_attention
+from seqeff_kernels.decode_attention import explain as explain_blocks
 from seqeff_kernels.range_attention import Backend, Source, explain, range_attention
 
 
@@ -55,12 +57,34 @@ def attend(
     )(queries, *arrays.values())
 
 
+def attend_blocks(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: Sequence[CacheBlock],
+    backend: Backend,
+) -> Float[Array, "batch rows heads head_dim"]:
+    """The output of `decode_attention`, by the backend of that name if it has one.
+
+    Raises:
+      ConfigError: the backend asked for cannot serve; says why.
+    """
+    chosen = "auto"
+    if backend != "auto":
+        answers = explain_blocks(queries, blocks)
+        if backend in answers:
+            _require_available(backend, answers[backend])
+            chosen = backend
+    return decode_attention(queries, blocks, backend=chosen)[0]  # pyright: ignore[reportArgumentType]
+
+
 def _attend(queries: Array, sources: Sequence[Source], backend: Backend) -> Array:
     if backend != "auto":
-        answer = explain(queries, sources)[backend]
-        require(
-            answer == "available",
-            f"TransformerConfig.attention_backend = {backend!r} cannot serve this attention: "
-            f"{answer}; give 'auto'",
-        )
+        _require_available(backend, explain(queries, sources)[backend])
     return range_attention(queries, sources, backend=backend)[0]
+
+
+def _require_available(backend: Backend, answer: str) -> None:
+    require(
+        answer == "available",
+        f"TransformerConfig.attention_backend = {backend!r} cannot serve this attention: {answer}; "
+        "give 'auto'",
+    )

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from seqeff.checks import check_types, require
-from seqeff.models.attention.protocol import take_rows
+from seqeff.models.attention.protocol import Heads, take_rows
+from seqeff.models.caches import BlockCache, CacheKind, TokenCache
 from seqeff_kernels.range_attention import TokenSource
 
 
@@ -33,6 +34,10 @@ class DenseAttention:
     def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
         return self
 
+    def cache(self) -> CacheKind:
+        """Every token, or a ring of the window's."""
+        return TokenCache() if self.window is None else BlockCache(self.window)
+
     def plan(
         self, tokens: Int[Array, "batch length"], document_start: Int[Array, "batch length"] | None
     ) -> DensePlan:
@@ -41,14 +46,15 @@ class DenseAttention:
     def sources(
         self,
         plan: DensePlan,
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-        first_row: Int[Array, ""] | int,
-        rows: int,
+        heads: Heads,
+        first_row: Int[Array, ""] | Int[Array, " batch"] | int,
     ) -> tuple[TokenSource]:
-        starts = take_rows(plan.document_start, first_row, rows)
         return (
             TokenSource(
-                keys, values, document_start=starts, window=self.window, row_offset=first_row
+                heads.keys,
+                heads.values,
+                document_start=take_rows(plan.document_start, first_row, heads.rows),
+                window=self.window,
+                row_offset=first_row,
             ),
         )

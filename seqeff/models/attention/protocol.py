@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, Self, overload, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, Self, overload, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
 
+from seqeff.checks import ConfigError
 from seqeff_kernels.range_attention import Source
+
+
+class Heads(NamedTuple):
+    """A layer's queries, keys and values, rotated by their own positions.
+
+    Attributes:
+      turn: rotates queries or keys by so many positions more; None where positions do not rotate.
+    """
+
+    queries: Float[Array, "batch rows heads head_dim"]
+    keys: Float[Array, "batch length kv_heads head_dim"]
+    values: Float[Array, "batch length kv_heads head_dim"]
+    turn: Callable[[Array, Int[Array, "batch length"]], Array] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows attend."""
+        return self.queries.shape[1]
+
+
+def require_turn(heads: Heads) -> Callable[[Array, Int[Array, "batch length"]], Array]:
+    """What turns queries and keys.
+
+    Raises:
+      ConfigError: the model's positions do not rotate, so that nothing can be turned.
+    """
+    if heads.turn is None:
+        raise ConfigError(
+            "SeparatorAttention.positions = 'compact' needs positions that rotate, such as "
+            "TransformerConfig.positions = @Rotary()"
+        )
+    return heads.turn
 
 
 @runtime_checkable
@@ -16,7 +49,8 @@ class Attention(Protocol):
     """Config of an attention. A new one is a frozen dataclass with these three methods.
 
     Nothing else has to know it: a gin file imports its module and binds
-    `TransformerConfig.attention = @MyAttention()`.
+    `TransformerConfig.attention = @MyAttention()`. One that can decode from fewer entries than all
+    also has the method `cache` of `caches.CachedAttention`.
     """
 
     def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
@@ -34,35 +68,36 @@ class Attention(Protocol):
         ...
 
     def sources(
-        self,
-        plan: Any,
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-        first_row: Int[Array, ""] | int,
-        rows: int,
+        self, plan: Any, heads: Heads, first_row: Int[Array, ""] | Int[Array, " batch"] | int
     ) -> Sequence[Source]:
         """The sources that tokens [first_row, first_row + rows) attend, in one softmax.
 
-        Training asks for all rows at once; decoding for the few that are new. `length` is that of
-        the plan. No row may see an entry made from a later token.
+        Training asks for all rows at once; decoding for the few that are new, of which each row of
+        the batch may have its own first. `length` is that of the plan. No row may see an entry made
+        from a later token.
         """
         ...
 
 
 @overload
-def take_rows(bounds: None, first_row: Int[Array, ""] | int, rows: int) -> None: ...
+def take_rows(bounds: None, first_row: Any, rows: int) -> None: ...
 
 
 @overload
 def take_rows(
-    bounds: Int[Array, "batch length"], first_row: Int[Array, ""] | int, rows: int
+    bounds: Int[Array, "batch length"], first_row: Any, rows: int
 ) -> Int[Array, "batch rows"]: ...
 
 
 def take_rows(
-    bounds: Int[Array, "batch length"] | None, first_row: Int[Array, ""] | int, rows: int
+    bounds: Int[Array, "batch length"] | None,
+    first_row: Int[Array, ""] | Int[Array, " batch"] | int,
+    rows: int,
 ) -> Int[Array, "batch rows"] | None:
     """The rows [first_row, first_row + rows) of a bound; all of them without a copy."""
     if bounds is None or bounds.shape[1] == rows:
         return bounds
+    if isinstance(first_row, jax.Array) and first_row.ndim:
+        take = jax.vmap(lambda line, first: jax.lax.dynamic_slice_in_dim(line, first, rows))
+        return take(bounds, first_row)
     return jax.lax.dynamic_slice_in_dim(bounds, first_row, rows, axis=1)

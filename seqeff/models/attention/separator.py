@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from seqeff.checks import ConfigError, check_types, require
-from seqeff.models.attention.protocol import take_rows
+from seqeff.models import separator_tokens
+from seqeff.models.attention.protocol import Heads, require_turn, take_rows
+from seqeff.models.caches import BlockCache, CacheKind, PublishedCache
 from seqeff_kernels.range_attention import (
     PackedIndices,
     RangeSource,
@@ -20,34 +21,27 @@ from seqeff_kernels.range_attention import (
     pack,
 )
 
-# The literal lists of the paper's code: training and streaming (the latter adds merged tokens).
-PRESETS: dict[str, tuple[int, ...]] = {
-    "pythia": (15, 13, 32, 2, 28, 27, 209, 186, 187),
-    "pythia-streaming": (
-        *(15, 13, 32, 2, 28, 27, 209, 186, 187),
-        *(964, 1157, 3736, 2195, 3706, 1163, 2490, 50276, 586, 4928, 50275),
-    ),
-    "llama3": (13, 11, 30, 0, 26, 25, 198, 220, 128000),
-    "llama3-streaming": (
-        *(13, 11, 30, 0, 26, 25, 198, 220),
-        *(662, 1174, 949, 758, 2652, 551, 720, 256, 262),
-    ),
-    "llama3-sepcache": (
-        *(13, 11, 30, 0, 26, 25, 198, 220),
-        *(662, 1174, 949, 758, 2652, 551, 720, 256, 262, 128000),
-    ),
-    "falcon": (25, 23, 42, 12, 38, 37, 193, 4610, 204, 258, 1212, 23787, 466),
-}
 
-_CHARACTERS = ".,?!;: \t\n"
+class Kept(NamedTuple):
+    """A packed list of tokens, and the range of it that each row attends.
 
-
-class SeparatorPlan(NamedTuple):
-    """Packed entries, and the range of them that each row attends beside its window."""
+    Attributes:
+      keys_turn: by how many positions each token's key is turned to its rank in the list; None
+        where tokens keep their own positions.
+      queries_turn: by how many each row's query is turned to see the list at its ranks.
+    """
 
     packed: PackedIndices
     start: Int[Array, "batch length"]
     end: Int[Array, "batch length"]
+    keys_turn: Int[Array, "batch length"] | None = None
+    queries_turn: Int[Array, "batch length"] | None = None
+
+
+class SeparatorPlan(NamedTuple):
+    """The lists that rows attend beside their window."""
+
+    kept: tuple[Kept, ...]
     document_start: Int[Array, "batch length"] | None
 
 
@@ -55,120 +49,212 @@ class SeparatorPlan(NamedTuple):
 class SeparatorAttention:
     r"""Row i attends j <= i where j is initial, a separator, or within the last `window` tokens.
 
-    `window` counts the token itself. The first `initial_tokens` of each document are always
-    visible (of each row, when documents are not kept apart). A separator is a token whose text
-    ends with one of `characters`, so that merged tokens such as '.\n\n' count; `preset` names one
-    of the paper's literal id lists instead, and `separator_ids` gives the ids outright. Without
-    separators (`characters = ""`) this is StreamingLLM's mask.
+    A separator is a token whose text ends with one of `characters`, so that merged tokens such as
+    '.\n\n' count; `preset` names one of the paper's literal id lists instead, and `separator_ids`
+    gives the ids outright. Without separators (`characters = ""`) this is StreamingLLM's mask, and
+    with `interval` in their place it is FixLLM's.
 
-    Source: SepLLM (arXiv 2412.12094), section 3.1; the lists are those of its published code.
+    Attributes:
+      window: nearest tokens that a token attends, itself included.
+      initial_tokens: first tokens that every later one attends.
+      initial_of: of each "document", or of the "row" alone, whose padding on the left is not
+        counted. The same where documents are not kept apart.
+      separators: how many of the latest separators that have left the window are attended; null:
+        all. With a number, cost is linear in length, and so is decoding in constant memory.
+      interval: every so many tokens of a document, from its first, one counts as a separator.
+      positions: "absolute": tokens keep their own. "compact": initial tokens and separators take
+        the positions right before the window, in their order, so that no distance exceeds the
+        number of attended entries (the position shift of StreamingLLM and SepLLM, section 3.3).
+      cache_entries: decode with the published cache of so many entries, of which the window's grow
+        from `window` on until all are full; null: with exactly what is attended over whole rows.
+
+    Source: SepLLM (arXiv 2412.12094), sections 3.1 and 3.3; the lists are those of its published
+    code.
     """
 
     window: int = 64
     initial_tokens: int = 3
-    characters: str = _CHARACTERS
+    initial_of: Literal["document", "row"] = "document"
+    separators: int | None = None
+    characters: str = separator_tokens.CHARACTERS
     preset: str | None = None
     separator_ids: tuple[int, ...] | None = None
+    interval: int | None = None
+    positions: Literal["absolute", "compact"] = "absolute"
+    cache_entries: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        name = type(self).__name__
         require(
             self.window >= 1,
-            f"SeparatorAttention.window = {self.window} must be at least 1 (it counts the token)",
+            f"{name}.window = {self.window} must be at least 1 (it counts the token)",
         )
         require(
             self.initial_tokens >= 0,
-            f"SeparatorAttention.initial_tokens = {self.initial_tokens} must not be negative",
+            f"{name}.initial_tokens = {self.initial_tokens} must not be negative",
         )
         require(
-            self.preset is None or self.preset in PRESETS,
-            f"SeparatorAttention.preset = {self.preset!r} is not one of {', '.join(PRESETS)}",
+            self.separators is None or self.separators >= 1,
+            f"{name}.separators = {self.separators} must be at least 1, or null for all; without "
+            'any, characters = ""',
         )
         require(
-            min(self.separator_ids or (0,)) >= 0,
-            f"SeparatorAttention.separator_ids = {self.separator_ids} must not be negative; "
-            "give () for none",
+            self.interval is None or self.interval >= 1,
+            f"{name}.interval = {self.interval} must be at least 1, or null",
+        )
+        separator_tokens.check(name, self.preset, self.separator_ids)
+        if self.cache_entries is not None:
+            self._check_cache(name, self.cache_entries)
+
+    def _check_cache(self, name: str, entries: int) -> None:
+        without = self.characters == "" or self.separator_ids == ()
+        require(
+            self.separators is not None or without,
+            f"{name}.cache_entries = {entries} needs a number for {name}.separators, or "
+            'characters = ""',
+        )
+        parts = (self.initial_tokens, 0 if without else self.separators or 0, self.window)
+        require(
+            sum(parts) <= entries,
+            f"{name}.cache_entries = {entries} is below initial_tokens + separators + window = "
+            f"{' + '.join(map(str, parts))} = {sum(parts)}",
         )
 
     def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
         """This config with `separator_ids` set, from the preset or from the tokens' text.
 
         Raises:
-          ConfigError: an id lies outside the vocabulary, no token ends with any character, or the
-            preset's ids are mostly words here.
+          ConfigError: see `separator_tokens.find`.
         """
-        ids = self.separator_ids if self.preset is None else PRESETS[self.preset]
-        if ids is None:
-            endings = tuple(self.characters)
-            ids = tuple(i for i, text in enumerate(vocabulary) if text.endswith(endings))
-            require(
-                bool(ids) or not self.characters,
-                f"SeparatorAttention.characters = {self.characters!r}: no token of the tokenizer "
-                "ends with any of them",
-            )
-        outside = [i for i in ids if not 0 <= i < len(vocabulary)]
-        require(
-            not outside,
-            f"SeparatorAttention: separator ids {outside} lie outside the tokenizer's "
-            f"{len(vocabulary)} tokens",
+        ids = separator_tokens.find(
+            type(self).__name__, vocabulary, self.characters, self.preset, self.separator_ids
         )
-        if self.preset is not None:
-            # not all: some lists hold the token that begins a text
-            fitting = sum(vocabulary[i].endswith(tuple(_CHARACTERS)) for i in ids)
-            require(
-                2 * fitting > len(ids),
-                f"SeparatorAttention.preset = {self.preset!r} is for another tokenizer: {fitting} "
-                f"of its {len(ids)} ids end with punctuation or white space in this one; leave "
-                "preset null to find separators by their text",
-            )
         return dataclasses.replace(self, separator_ids=ids)
 
-    def plan(
-        self, tokens: Int[Array, "batch length"], document_start: Int[Array, "batch length"] | None
-    ) -> SeparatorPlan:
+    @property
+    def keeps_separators(self) -> bool:
+        """Whether any token can be a separator."""
+        return bool(self.known_ids) or self.interval is not None
+
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        """The separators' ids.
+
+        Raises:
+          ConfigError: they are not set.
+        """
         if self.separator_ids is None:
             raise ConfigError(
                 "SeparatorAttention.separator_ids is not set: bind it, or call for_vocabulary with "
                 "the tokenizer's vocabulary"
             )
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.separator_ids
+
+    def are_kept(
+        self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"]
+    ) -> Bool[Array, "batch length"]:
+        """Which tokens are separators, initial ones or not; positions are those in the document."""
+        found = separator_tokens.are_separators(self.known_ids, tokens)
+        return found if self.interval is None else found | (positions % self.interval == 0)
+
+    def plan(
+        self, tokens: Int[Array, "batch length"], document_start: Int[Array, "batch length"] | None
+    ) -> SeparatorPlan:
+        token = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         starts = jnp.zeros_like(tokens) if document_start is None else document_start
-        table = np.zeros(max(self.separator_ids, default=0) + 1, bool)
-        table[list(self.separator_ids)] = True
-        kept = jnp.take(table, tokens, mode="fill", fill_value=False)
-        packed = pack(kept | (positions - starts < self.initial_tokens))
-
-        def kept_through(position: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-            counts = jnp.take_along_axis(packed.count, jnp.maximum(position, 0), axis=1)
-            return jnp.where(position >= 0, counts, 0)
-
-        return SeparatorPlan(
-            packed=packed,
-            start=kept_through(starts - 1),
-            end=kept_through(positions - self.window),
-            document_start=document_start,
-        )
+        positions = token - starts
+        real = positions >= 0
+        separators = self.are_kept(tokens, positions) & real
+        counted_from = starts if self.initial_of == "document" else starts[:, :1]
+        initial = (token - counted_from < self.initial_tokens) & real & (token >= counted_from)
+        if self.separators is None:
+            masks = {"all": initial | separators}
+        else:
+            masks = {"initial": initial, "separators": separators & ~initial}
+        if not self.keeps_separators:
+            masks = {"initial": initial}
+        if self.initial_tokens == 0:
+            masks.pop("initial", None)
+        lists = []
+        for kind, mask in masks.items():
+            whole_row = document_start is None and kind == "initial"
+            packed = pack(mask, self.initial_tokens if whole_row else None)
+            start = _through(packed, starts - 1)
+            end = _through(packed, token - self.window)
+            if kind == "separators" and self.separators is not None:
+                start = jnp.maximum(start, end - self.separators)
+            lists.append(Kept(packed, start, end))
+        if self.positions == "compact":
+            lists = self._compact(lists, positions)
+        return SeparatorPlan(tuple(lists), document_start)
 
     def sources(
         self,
         plan: SeparatorPlan,
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-        first_row: Int[Array, ""] | int,
-        rows: int,
-    ) -> tuple[Source, Source]:
-        memory = RangeSource(
-            keys,
-            values,
-            start=take_rows(plan.start, first_row, rows),
-            end=take_rows(plan.end, first_row, rows),
-            packed=plan.packed,
-        )
+        heads: Heads,
+        first_row: Int[Array, ""] | Int[Array, " batch"] | int,
+    ) -> tuple[Source, ...]:
+        made: list[Source] = []
+        for kept in plan.kept:
+            keys, queries = heads.keys, None
+            if kept.keys_turn is not None and kept.queries_turn is not None:
+                turn = require_turn(heads)
+                keys = turn(keys, kept.keys_turn)
+                queries = turn(heads.queries, take_rows(kept.queries_turn, first_row, heads.rows))
+            made.append(
+                RangeSource(
+                    keys,
+                    heads.values,
+                    start=take_rows(kept.start, first_row, heads.rows),
+                    end=take_rows(kept.end, first_row, heads.rows),
+                    queries=queries,
+                    packed=kept.packed,
+                )
+            )
         recent = TokenSource(
-            keys,
-            values,
-            document_start=take_rows(plan.document_start, first_row, rows),
+            heads.keys,
+            heads.values,
+            document_start=take_rows(plan.document_start, first_row, heads.rows),
             window=self.window,
             row_offset=first_row,
         )
-        return memory, recent
+        return (*made, recent)
+
+    def cache(self) -> CacheKind:
+        """Rings of the separators and of the window, or the published cache."""
+        compact = self.positions == "compact"
+        kept = self.separators if self.keeps_separators else 0
+        if self.cache_entries is None:
+            return BlockCache(self.window, self.initial_tokens, kept, self, compact)
+        return PublishedCache(
+            local=self.window,
+            initial=self.initial_tokens,
+            separators=kept or 0,
+            entries_limit=self.cache_entries,
+            chooser=self,
+            compact=compact,
+        )
+
+    def _compact(self, lists: Sequence[Kept], positions: Int[Array, "batch length"]) -> list[Kept]:
+        """Turns that put the lists one after another, right before the window."""
+        placed = []
+        # entries between a list's last visible one and the query
+        between = jnp.minimum(self.window, positions + 1) - 1
+        for kept in reversed(lists):
+            placed.append(
+                kept._replace(
+                    keys_turn=kept.packed.count - 1 - positions,
+                    queries_turn=kept.end + between - positions,
+                )
+            )
+            between = between + jnp.maximum(kept.end - kept.start, 0)
+        return placed[::-1]
+
+
+def _through(
+    packed: PackedIndices, token: Int[Array, "batch length"]
+) -> Int[Array, "batch length"]:
+    """How many packed tokens are at or before a token; 0 before the first."""
+    counts = jnp.take_along_axis(packed.count, jnp.maximum(token, 0), axis=1)
+    return jnp.where(token >= 0, counts, 0)

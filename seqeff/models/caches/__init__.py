@@ -1,0 +1,28 @@
+"""What a model remembers of a row while it decodes, a file a kind."""
+
+from seqeff.models.caches.blocks import BlockCache
+from seqeff.models.caches.protocol import (
+    CachedAttention,
+    CacheKind,
+    LayersCache,
+    Sizes,
+    kind_of,
+    replace_rows,
+    take_rows,
+)
+from seqeff.models.caches.published import PublishedCache
+from seqeff.models.caches.whole import TokenCache, WholeCache
+
+__all__ = [
+    "BlockCache",
+    "CacheKind",
+    "CachedAttention",
+    "LayersCache",
+    "PublishedCache",
+    "Sizes",
+    "TokenCache",
+    "WholeCache",
+    "kind_of",
+    "replace_rows",
+    "take_rows",
+]

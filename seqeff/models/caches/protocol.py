@@ -1,0 +1,169 @@
+"""What a cache must do: remember a row's tokens, so that the next ones can attend them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
+
+from seqeff.models.attention.protocol import Heads
+from seqeff_kernels.range_attention import Backend
+
+
+class Sizes(NamedTuple):
+    """Of a layer's cache.
+
+    Attributes:
+      capacity: most tokens that a row has, for caches that keep all or might.
+    """
+
+    batch: int
+    capacity: int
+    kv_heads: int
+    head_dim: int
+    dtype: DTypeLike
+
+
+class Entries(NamedTuple):
+    """How many entries of a layer each row of the batch used for its last token.
+
+    Attributes:
+      read: that the token attended, itself included.
+      resident: that the cache holds after it.
+    """
+
+    read: Int[Array, " batch"]
+    resident: Int[Array, " batch"]
+
+
+class CacheKind(Protocol):
+    """How the layers of one attention remember.
+
+    A kind is static: a frozen dataclass. Its `state` is what all those layers share, such as how
+    many tokens there are, with the batch as the first axis of every array; its `arrays` are a
+    layer's own keys and values, with the batch first too. Rows of the batch never mix, so a row
+    can be moved or replaced by moving its part of every array.
+    """
+
+    @property
+    def most_rows(self) -> int | None:
+        """Most tokens that can be taken at a time; None: any number."""
+        ...
+
+    @property
+    def grows(self) -> bool:
+        """Whether its memory is that of `Sizes.capacity`, and not constant."""
+        ...
+
+    def empty(self, sizes: Sizes) -> tuple[Any, Any]:
+        """State and arrays of rows without tokens."""
+        ...
+
+    def begin(
+        self, state: Any, tokens: Int[Array, "batch rows"], count: Int[Array, " batch"]
+    ) -> tuple[Any, Any]:
+        """What all layers need to take the new tokens in, and the state after them.
+
+        Args:
+          count: how many of each row's tokens are real; the others, at the end, are passed over.
+        """
+        ...
+
+    def attend(
+        self, step: Any, arrays: Any, heads: Heads, backend: Backend
+    ) -> tuple[Float[Array, "batch rows heads head_dim"], Any]:
+        """What a layer's new tokens attend, and its arrays with them.
+
+        The outputs of tokens that are passed over are of no meaning.
+        """
+        ...
+
+    def entries(self, state: Any) -> Entries:
+        """What the last token used."""
+        ...
+
+
+@runtime_checkable
+class CachedAttention(Protocol):
+    """An attention that knows a cache of its own; others keep every token."""
+
+    def cache(self) -> CacheKind: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayersCache:
+    """The cache of neighbouring layers that attend alike; their arrays are stacked."""
+
+    state: Any
+    arrays: Any
+    kind: CacheKind = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def empty(cls, kind: CacheKind, layers: int, sizes: Sizes) -> LayersCache:
+        """Of rows without tokens."""
+        state, arrays = kind.empty(sizes)
+        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), arrays)
+        return cls(state, stacked, kind)
+
+
+def kind_of(attention: Any) -> CacheKind:
+    """The kind of cache that an attention decodes with."""
+    from seqeff.models.caches.whole import WholeCache
+
+    return attention.cache() if isinstance(attention, CachedAttention) else WholeCache(attention)
+
+
+def put(
+    array: Shaped[Array, "batch slots *features"],
+    slot: Int[Array, "batch rows"],
+    new: Shaped[Array, "batch rows *features"],
+    where: Bool[Array, "batch rows"],
+) -> Shaped[Array, "batch slots *features"]:
+    """Writes entries to slots, where asked to; no two of them to the same."""
+    line = jnp.arange(array.shape[0])[:, None]
+    slot = jnp.where(where, slot, array.shape[1])
+    return array.at[line, slot].set(new.astype(array.dtype), mode="drop")
+
+
+def pick(
+    array: Shaped[Array, "batch slots *features"], slot: Int[Array, "batch rows"]
+) -> Shaped[Array, "batch rows *features"]:
+    """Reads entries from slots, all of which exist."""
+    slot = slot.reshape(*slot.shape, *(1,) * (array.ndim - 2))
+    return jnp.take_along_axis(array, slot, axis=1, mode="promise_in_bounds")
+
+
+def take_rows(cache: Any, rows: Int[Array, " rows"]) -> Any:
+    """The cache with these rows of the batch, in this order; of a model's or of some layers."""
+    return _over_rows(lambda axis, x: jnp.take(x, rows, axis=axis), cache)
+
+
+def replace_rows(cache: Any, rows: Int[Array, " rows"], others: Any) -> Any:
+    """The cache with its rows replaced by those of another that has as many."""
+
+    def replace(axis: int, x: Array, other: Array) -> Array:
+        return x.at[(slice(None),) * axis + (rows,)].set(other)
+
+    return _over_rows(replace, cache, others)
+
+
+def _over_rows(function: Any, *caches: Any) -> Any:
+    """Applies a function to every array, and the axis of its batch."""
+
+    def is_layers(x: Any) -> bool:
+        return isinstance(x, LayersCache)
+
+    def apply(*parts: Any) -> Any:
+        if not is_layers(parts[0]):
+            return function(0, *parts)
+        return dataclasses.replace(
+            parts[0],
+            state=jax.tree.map(lambda *x: function(0, *x), *(part.state for part in parts)),
+            arrays=jax.tree.map(lambda *x: function(1, *x), *(part.arrays for part in parts)),
+        )
+
+    return jax.tree.map(apply, *caches, is_leaf=is_layers)

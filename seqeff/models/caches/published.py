@@ -1,0 +1,139 @@
+"""The cache of SepLLM's published streaming code, for parity with the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from seqeff.models.attention.attend import attend_blocks
+from seqeff.models.attention.protocol import Heads, require_turn
+from seqeff.models.caches.protocol import Entries, Sizes, put
+from seqeff.models.caches.whole import KeysValues
+from seqeff_kernels.decode_attention import CacheBlock
+from seqeff_kernels.range_attention import Backend, pack
+
+
+class PublishedState(NamedTuple):
+    """Of the entries `[initial | separators | past window | local]` of each row.
+
+    Attributes:
+      length: tokens so far.
+      filled: entries.
+      separators_end: where the past window begins.
+      separates: which entries are separators.
+      read: entries that the last token attended.
+    """
+
+    length: Int[Array, " batch"]
+    filled: Int[Array, " batch"]
+    separators_end: Int[Array, " batch"]
+    separates: Bool[Array, "batch slots"]
+    read: Int[Array, " batch"]
+
+
+class PublishedStep(NamedTuple):
+    """A token's slot, and how the entries are moved once it has attended them."""
+
+    length: Int[Array, " batch"]
+    real: Bool[Array, " batch"]
+    slot: Int[Array, " batch"]
+    moves: Int[Array, "batch slots"]
+    evicts: Bool[Array, " batch"]
+
+
+@dataclass(frozen=True)
+class PublishedCache:
+    """Four blocks: initial tokens, separators, a past window that fills up, and a local one.
+
+    Past `entries_limit` in all, the past window is emptied: its separators join theirs, of which
+    the newest `separators` stay, and its other tokens are gone. So the number of entries is a
+    saw-tooth, (initial + separators + local + entries_limit) / 2 in the mean where separators
+    abound. One token is taken at a time, and it attends all entries, itself included.
+
+    With `compact`, keys and queries are rotated by their index in the cache (keys are kept as if
+    at position 0).
+
+    Source: SepLLM (arXiv 2412.12094), section 3.3 and its Streaming-SepLLM code; rows there evict
+    together, here each on its own.
+    """
+
+    local: int
+    initial: int
+    separators: int
+    entries_limit: int
+    chooser: Any
+    compact: bool = True
+    most_rows: int | None = 1
+    grows: bool = False
+
+    def empty(self, sizes: Sizes) -> tuple[PublishedState, KeysValues]:
+        slots = self.entries_limit + 1
+        count = jnp.zeros(sizes.batch, jnp.int32)
+        begin = jnp.full(sizes.batch, self.initial, jnp.int32)
+        separates = jnp.zeros((sizes.batch, slots), bool)
+        state = PublishedState(count, count, begin, separates, count)
+        return state, KeysValues.empty(sizes, slots)
+
+    def begin(
+        self, state: PublishedState, tokens: Int[Array, "batch 1"], count: Int[Array, " batch"]
+    ) -> tuple[PublishedStep, PublishedState]:
+        real = count > 0
+        length = state.length[:, None]
+        separates = put(
+            state.separates,
+            state.filled[:, None],
+            self.chooser.are_kept(tokens, length),
+            real[:, None],
+        )
+        filled = state.filled + real
+        entry = jnp.arange(separates.shape[1])
+        past_end = (filled - self.local)[:, None]
+        of_separators = (entry >= self.initial) & (entry < state.separators_end[:, None])
+        past = (entry >= state.separators_end[:, None]) & (entry < past_end)
+        kept = of_separators | (past & separates)
+        newest = jnp.cumsum(kept[:, ::-1], axis=1)[:, ::-1] <= self.separators
+        kept &= newest
+        local = (entry >= past_end) & (entry < filled[:, None])
+        moves = pack((entry < self.initial) | kept | local).indices
+        evicts = filled > self.entries_limit
+        separators_end = self.initial + kept.sum(1, dtype=jnp.int32)
+        after = PublishedState(
+            length=state.length + real,
+            filled=jnp.where(evicts, separators_end + self.local, filled),
+            separators_end=jnp.where(evicts, separators_end, state.separators_end),
+            separates=jnp.where(
+                evicts[:, None], jnp.take_along_axis(separates, moves, axis=1), separates
+            ),
+            read=jnp.where(real, filled, state.read),
+        )
+        return PublishedStep(state.length, real, state.filled, moves, evicts), after
+
+    def attend(
+        self, step: PublishedStep, arrays: KeysValues, heads: Heads, backend: Backend
+    ) -> tuple[Float[Array, "batch 1 heads head_dim"], KeysValues]:
+        keys, queries, length = heads.keys, heads.queries, step.length[:, None]
+        if self.compact:
+            turn = require_turn(heads)
+            keys = turn(keys, -length)
+            queries = turn(queries, step.slot[:, None] - length)
+        new = KeysValues(keys, heads.values)
+        arrays = arrays.put(step.slot[:, None], new, step.real[:, None])
+        keys = arrays.keys
+        if self.compact:
+            entry = jnp.arange(keys.shape[1], dtype=jnp.int32)
+            keys = require_turn(heads)(keys, jnp.broadcast_to(entry, keys.shape[:2]))
+        block = CacheBlock(keys, arrays.values, step.slot + step.real)
+        output = attend_blocks(queries, [block], backend)
+        moved = jax.lax.cond(step.evicts.any(), self._move, lambda _, x: x, step, arrays)
+        return output, moved
+
+    def entries(self, state: PublishedState) -> Entries:
+        return Entries(state.read, state.filled)
+
+    def _move(self, step: PublishedStep, arrays: KeysValues) -> KeysValues:
+        entry = jnp.arange(arrays.keys.shape[1])
+        return arrays.pick(jnp.where(step.evicts[:, None], step.moves, entry))

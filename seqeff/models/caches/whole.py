@@ -1,0 +1,129 @@
+"""Caches that keep every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seqeff.models.attention.attend import attend, attend_blocks
+from seqeff.models.attention.protocol import Heads
+from seqeff.models.caches.protocol import Entries, Sizes, pick, put
+from seqeff_kernels.decode_attention import CacheBlock
+from seqeff_kernels.range_attention import Backend, TokenSource
+
+
+class KeysValues(NamedTuple):
+    """Entries of a layer."""
+
+    keys: Float[Array, "batch slots kv_heads head_dim"]
+    values: Float[Array, "batch slots kv_heads head_dim"]
+
+    @classmethod
+    def empty(cls, sizes: Sizes, slots: int) -> KeysValues:
+        """Zeros."""
+        shape = (sizes.batch, slots, sizes.kv_heads, sizes.head_dim)
+        return cls(jnp.zeros(shape, sizes.dtype), jnp.zeros(shape, sizes.dtype))
+
+    def put(self, slot: Array, new: KeysValues, where: Array) -> KeysValues:
+        """With entries written to slots where asked to."""
+        return KeysValues(*(put(x, slot, y, where) for x, y in zip(self, new, strict=True)))
+
+    def pick(self, slot: Array) -> KeysValues:
+        """The entries in slots."""
+        return KeysValues(*(pick(x, slot) for x in self))
+
+
+class Appended(NamedTuple):
+    """Where the new tokens go: right after those before."""
+
+    plan: Any
+    length: Int[Array, " batch"]
+    count: Int[Array, " batch"]
+
+    def put(self, arrays: KeysValues, heads: Heads) -> KeysValues:
+        """The arrays with the new tokens."""
+        slot, real = _places(self.length, self.count, heads.rows)
+        return arrays.put(slot, KeysValues(heads.keys, heads.values), real)
+
+
+class History(NamedTuple):
+    """The tokens of every row."""
+
+    tokens: Int[Array, "batch capacity"]
+    length: Int[Array, " batch"]
+
+
+@dataclass(frozen=True)
+class WholeCache:
+    """Every token, for any attention: it plans anew from all of them each time."""
+
+    attention: Any
+    most_rows: int | None = None
+    grows: bool = True
+
+    def empty(self, sizes: Sizes) -> tuple[History, KeysValues]:
+        tokens = jnp.zeros((sizes.batch, sizes.capacity), jnp.int32)
+        history = History(tokens, jnp.zeros(sizes.batch, jnp.int32))
+        return history, KeysValues.empty(sizes, sizes.capacity)
+
+    def begin(
+        self, state: History, tokens: Int[Array, "batch rows"], count: Int[Array, " batch"]
+    ) -> tuple[Appended, History]:
+        slot, real = _places(state.length, count, tokens.shape[1])
+        seen = put(state.tokens, slot, tokens, real)
+        step = Appended(self.attention.plan(seen, None), state.length, count)
+        return step, History(seen, state.length + count)
+
+    def attend(
+        self, step: Appended, arrays: KeysValues, heads: Heads, backend: Backend
+    ) -> tuple[Float[Array, "batch rows heads head_dim"], KeysValues]:
+        arrays = step.put(arrays, heads)
+        all_heads = heads._replace(keys=arrays.keys, values=arrays.values)
+        sources = self.attention.sources(step.plan, all_heads, step.length)
+        return attend(heads.queries, sources, backend), arrays
+
+    def entries(self, state: History) -> Entries:
+        return Entries(state.length, state.length)
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """Every token, all of which the later ones attend."""
+
+    most_rows: int | None = None
+    grows: bool = True
+
+    def empty(self, sizes: Sizes) -> tuple[Int[Array, " batch"], KeysValues]:
+        return jnp.zeros(sizes.batch, jnp.int32), KeysValues.empty(sizes, sizes.capacity)
+
+    def begin(
+        self,
+        state: Int[Array, " batch"],
+        tokens: Int[Array, "batch rows"],
+        count: Int[Array, " batch"],
+    ) -> tuple[Appended, Int[Array, " batch"]]:
+        return Appended(None, state, count), state + count
+
+    def attend(
+        self, step: Appended, arrays: KeysValues, heads: Heads, backend: Backend
+    ) -> tuple[Float[Array, "batch rows heads head_dim"], KeysValues]:
+        arrays = step.put(arrays, heads)
+        if heads.rows == 1:
+            block = CacheBlock(*arrays, step.length + step.count)
+            return attend_blocks(heads.queries, [block], backend), arrays
+        source = TokenSource(*arrays, row_offset=step.length)
+        return attend(heads.queries, [source], backend), arrays
+
+    def entries(self, state: Int[Array, " batch"]) -> Entries:
+        return Entries(state, state)
+
+
+def _places(
+    length: Int[Array, " batch"], count: Int[Array, " batch"], rows: int
+) -> tuple[Array, Array]:
+    """Slots of new tokens, and which of them are real."""
+    row = jnp.arange(rows)
+    return length[:, None] + row, row < count[:, None]

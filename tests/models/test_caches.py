@@ -1,0 +1,435 @@
+"""Decoding with caches equals the whole rows, row by row, whatever the chunks."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import (
+    ATTENTIONS,
+    SEPARATORS,
+    documents,
+    hidden,
+    naive_mask,
+    quick_jit,
+    random_model,
+    random_tokens,
+    small_config,
+)
+
+from seqeff.checks import ConfigError
+from seqeff.models import DenseAttention, LearnedPositions, SeparatorAttention
+from seqeff.models.attention.protocol import Heads
+from seqeff.models.caches import (
+    BlockCache,
+    PublishedCache,
+    TokenCache,
+    WholeCache,
+    kind_of,
+    replace_rows,
+    take_rows,
+)
+from seqeff.models.positions import BilevelPositions, Rotary
+from seqeff_kernels.range_attention import range_attention
+
+BATCH, LENGTH = 3, 63
+TOKENS = random_tokens(BATCH, LENGTH)
+KINDS = {
+    "dense": TokenCache,
+    "window": BlockCache,
+    "separator": BlockCache,
+    "streaming": BlockCache,
+    "bounded": BlockCache,
+    "bounded alone": BlockCache,
+    "fixed": BlockCache,
+    "of the row": BlockCache,
+    "compact": BlockCache,
+    "interval": WholeCache,
+}
+
+
+@functools.cache
+def model(name):
+    return random_model(small_config(attention=ATTENTIONS[name]))
+
+
+@functools.cache
+def whole(name):
+    return np.asarray(hidden(*model(name), TOKENS))
+
+
+@functools.cache
+def extend(name, rows):
+    graph, parameters = model(name)
+    del rows  # a compilation for each
+    compiled = quick_jit(lambda parameters, *inputs: nnx.merge(graph, parameters).extend(*inputs))
+    return functools.partial(compiled, parameters)
+
+
+def empty(name, batch=BATCH):
+    graph, parameters = model(name)
+    return nnx.merge(graph, parameters).empty_cache(batch, LENGTH)
+
+
+def run(name, chunks, tokens=TOKENS, cache=None):
+    """Outputs of the tokens taken in chunks of such lengths, and the cache."""
+    cache = empty(name, len(tokens)) if cache is None else cache
+    outputs, first = [], 0
+    for rows in chunks:
+        part = tokens[:, first : first + rows]
+        output, cache = extend(name, rows)(part, cache, jnp.full(len(tokens), rows, jnp.int32))
+        outputs.append(np.asarray(output))
+        first += rows
+    return np.concatenate(outputs, axis=1), cache
+
+
+def close(actual, expected):
+    """The caches' own bound of 1e-5, of the largest entry."""
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_attention_has_its_cache(name):
+    assert isinstance(kind_of(ATTENTIONS[name]), KINDS[name])
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "chunks", [(63,), (31, 31, 1), (1,) * 63, (2, 1, 1, 40, 1, 18)], ids=["1", "31", "one", "mixed"]
+)
+def test_decoding_equals_the_whole_row(name, chunks):
+    outputs, cache = run(name, chunks)
+    close(outputs, whole(name))
+    np.testing.assert_array_equal(cache.length, LENGTH)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_take_as_many_tokens_as_they_have(name):
+    """Rows are at places of their own, and what follows their count changes nothing."""
+    counts = [(5, 0, 3), (8, 8, 1), (0, 1, 8), (1, 1, 1), (7, 8, 0), (8, 8, 8)]
+    cache, places = empty(name), np.zeros(BATCH, int)
+    for count in counts:
+        rows = 1 if count == (1, 1, 1) else 8
+        part = np.full((BATCH, rows), SEPARATORS[0], np.int32)
+        for row, number in enumerate(count):
+            part[row, :number] = TOKENS[row, places[row] : places[row] + number]
+        output, cache = extend(name, rows)(part, cache, jnp.asarray(count, jnp.int32))
+        for row in np.flatnonzero(count):
+            first, number = places[row], count[row]
+            close(output[row, :number], whole(name)[row, first : first + number])
+        places += count
+        np.testing.assert_array_equal(cache.length, places)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    window=st.integers(1, 9),
+    initial=st.integers(0, 4),
+    separators=st.none() | st.integers(1, 6),
+    compact=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_sizes(window, initial, separators, compact, seed):
+    attention = SeparatorAttention(
+        window=window,
+        initial_tokens=initial,
+        separators=separators,
+        separator_ids=SEPARATORS * 3,
+        positions="compact" if compact else "absolute",
+    )
+    graph, parameters = random_model(small_config(layers=1, attention=attention))
+    tokens = random_tokens(2, 24, seed)
+    tokens[0, 5:20:2] = SEPARATORS[1]
+    expected = hidden(graph, parameters, tokens)
+    cache = nnx.merge(graph, parameters).empty_cache(2, 24)
+    step = quick_jit(lambda parameters, *inputs: nnx.merge(graph, parameters).extend(*inputs))
+    outputs = []
+    for first, end in itertools.pairwise((0, 11, *range(12, 16), 24)):
+        output, cache = step(parameters, tokens[:, first:end], cache)
+        outputs.append(output)
+    close(np.concatenate(outputs, axis=1), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", ["dense", "separator", "bounded", "compact", "interval"])
+def test_rows_can_be_moved_and_replaced(name):
+    _, cache = run(name, (40,))
+    order = jnp.asarray([2, 0, 0])
+    moved = take_rows(cache, order)
+    close(run(name, (1, 7), TOKENS[order][:, 40:48], moved)[0], whole(name)[order, 40:48])
+    # a new request in the place of an old row
+    _, other = run(name, (9,), TOKENS[2:])
+    replaced = replace_rows(cache, jnp.asarray([1]), other)
+    part = np.stack([TOKENS[0, 40:48], TOKENS[2, 9:17], TOKENS[2, 40:48]])
+    outputs, _ = run(name, (1, 7), part, replaced)
+    for row, (source, first) in enumerate(((0, 40), (2, 9), (2, 40))):
+        close(outputs[row], whole(name)[source, first : first + 8])
+
+
+@pytest.mark.parametrize("name", ["bounded", "compact", "interval", "dense"])
+def test_a_row_does_not_depend_on_its_mates_bit_for_bit(name):
+    outputs, _ = run(name, (20, 1, 1, 9))
+    mates = TOKENS.copy()
+    mates[1:] = random_tokens(BATCH, LENGTH, seed=9)[1:]
+    np.testing.assert_array_equal(run(name, (20, 1, 1, 9), mates)[0][0], outputs[0])
+
+
+@pytest.mark.parametrize("name", ["bounded", "streaming", "compact", "window"])
+def test_a_bounded_cache_has_one_size_for_any_capacity(name):
+    graph, parameters = model(name)
+    made = nnx.merge(graph, parameters)
+
+    def sizes(capacity):
+        cache = jax.eval_shape(lambda: made.empty_cache(2, capacity))
+        return [leaf.size for leaf in jax.tree.leaves(cache)]
+
+    assert sizes(10) == sizes(100_000)
+    assert not kind_of(ATTENTIONS[name]).grows
+    assert kind_of(ATTENTIONS["separator"]).grows
+    assert kind_of(ATTENTIONS["dense"]).grows
+
+
+@pytest.mark.parametrize("name", ["bounded", "compact", "separator", "streaming", "dense"])
+def test_the_entries_are_those_of_the_mask(name):
+    _, cache = run(name, (1,) * 30)
+    (layers,) = cache.layers
+    found = layers.kind.entries(layers.state)
+    mask = naive_mask(ATTENTIONS[name], TOKENS, np.zeros_like(TOKENS))
+    np.testing.assert_array_equal(found.read, mask[:, 29].sum(-1))
+    np.testing.assert_array_equal(found.resident, found.read)
+
+
+def test_a_scan_over_tokens():
+    graph, parameters = model("bounded")
+
+    @quick_jit
+    def scan(parameters, tokens, cache):
+        def step(cache, token):
+            output, cache = nnx.merge(graph, parameters).extend(token[:, None], cache)
+            return cache, output[:, 0]
+
+        return jax.lax.scan(step, cache, tokens.T)[1]
+
+    close(np.swapaxes(scan(parameters, TOKENS, empty("bounded")), 0, 1), whole("bounded"))
+
+
+@pytest.mark.parametrize("name", ["dense", "separator"])
+def test_positions_in_segments_go_on(name):
+    positions = BilevelPositions(segment_length=5, separator_ids=SEPARATORS)
+    config = small_config(attention=ATTENTIONS[name], positions=positions)
+    graph, parameters = random_model(config)
+    expected = np.asarray(hidden(graph, parameters, TOKENS))
+    step = quick_jit(lambda parameters, *inputs: nnx.merge(graph, parameters).extend(*inputs))
+    cache = nnx.merge(graph, parameters).empty_cache(BATCH, LENGTH)
+    outputs = []
+    for first, end in itertools.pairwise((0, 20, 21, 22, 40, 63)):
+        output, cache = step(parameters, TOKENS[:, first:end], cache)
+        outputs.append(output)
+    close(np.concatenate(outputs, axis=1), expected)
+
+
+def test_learned_positions_end_with_their_table():
+    graph, parameters = random_model(small_config(positions=LearnedPositions(length=20)))
+    with pytest.raises(ConfigError, match=r"LearnedPositions\.length = 20 is below the row's 21"):
+        nnx.merge(graph, parameters).empty_cache(1, 21)
+
+
+PUBLISHED = SeparatorAttention(
+    window=6,
+    initial_tokens=2,
+    separators=3,
+    separator_ids=SEPARATORS,
+    positions="compact",
+    cache_entries=16,
+)
+
+
+def published(attention, tokens, **config):
+    """Outputs, and entries read and resident after each token."""
+    graph, parameters = random_model(small_config(attention=attention, **config))
+
+    @quick_jit
+    def scan(parameters, tokens):
+        made = nnx.merge(graph, parameters)
+
+        def step(cache, token):
+            output, cache = made.extend(token[:, None], cache)
+            (layers,) = cache.layers
+            return cache, (output[:, 0], layers.kind.entries(layers.state))
+
+        cache = made.empty_cache(tokens.shape[0], tokens.shape[1])
+        return jax.lax.scan(step, cache, tokens.T)[1]
+
+    outputs, entries = scan(parameters, tokens)
+    return np.swapaxes(outputs, 0, 1), entries, (graph, parameters)
+
+
+def test_the_published_cache_without_limit_is_dense():
+    for positions in ("absolute", "compact"):
+        attention = dataclasses.replace(PUBLISHED, cache_entries=LENGTH, positions=positions)
+        assert isinstance(kind_of(attention), PublishedCache)
+        outputs, entries, parts = published(attention, TOKENS)
+        graph, _ = random_model(small_config(attention=DenseAttention()))
+        close(outputs, np.asarray(hidden(graph, parts[1], TOKENS)))
+        np.testing.assert_array_equal(entries.read[:, 0], np.arange(1, LENGTH + 1))
+
+
+def test_the_published_cache_without_separators_is_streamingllm():
+    """With initial + window = entries, a token attends one more than stays: a window of n + 1."""
+    for positions in ("absolute", "compact"):
+        attention = dataclasses.replace(
+            PUBLISHED, separators=None, separator_ids=(), cache_entries=8, positions=positions
+        )
+        outputs, _, (_, parameters) = published(attention, TOKENS, layers=1)
+        streaming = SeparatorAttention(
+            window=7, initial_tokens=2, separator_ids=(), positions=positions
+        )
+        graph, _ = random_model(small_config(attention=streaming, layers=1))
+        close(outputs, np.asarray(hidden(graph, parameters, TOKENS)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mean"),
+    [
+        ((4, 64, 256, 800), 562),
+        ((4, 32, 224, 324), 292),
+        ((4, 64, 224, 324), 308),
+        ((4, 64, 512, 800), 690),
+        ((4, 64, 720, 1024), 906),
+    ],
+)
+def test_the_entries_of_the_published_cache_average_what_the_paper_says(sizes, mean):
+    """Equation 4, in the steady state: resident after eviction; a step reads one more."""
+    initial, separators, local, limit = sizes
+    kind = PublishedCache(local, initial, separators, limit, _EveryFifth())
+
+    @jax.jit
+    def count():
+        state, _ = kind.empty(_Sizes)
+
+        def step(state, _):
+            state = kind.begin(state, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))[1]
+            return state, kind.entries(state)
+
+        return jax.lax.scan(step, state, length=20_000)[1]
+
+    read, resident = (np.asarray(x)[:, 0] for x in count())
+    steady = resident[4_000:]
+    # whole periods of the saw-tooth
+    lowest = np.flatnonzero(steady == steady.min())
+    steady = steady[lowest[0] : lowest[-1]]
+    assert steady.mean() == pytest.approx(mean, abs=0.51)
+    assert resident.max() == limit
+    assert read.max() == limit + 1
+    np.testing.assert_array_equal(read[1:], resident[:-1] + 1)
+
+
+class _EveryFifth:
+    def are_kept(self, tokens, index):
+        return index % 5 == 0
+
+
+class _Sizes:
+    batch, capacity, kv_heads, head_dim, dtype = 1, 1, 1, 1, jnp.float32
+
+
+def test_rows_of_the_published_cache_evict_each_on_its_own():
+    """The public SepCache keeps as many separators in every row as the row with the fewest has."""
+    tokens = TOKENS.copy()
+    tokens[1] = 1  # a row without separators
+    outputs, entries, _ = published(PUBLISHED, tokens)
+    others, other_entries, _ = published(PUBLISHED, TOKENS)
+    np.testing.assert_array_equal(outputs[::2], others[::2])
+    np.testing.assert_array_equal(entries.resident[:, ::2], other_entries.resident[:, ::2])
+    assert np.any(entries.resident[:, 0] != entries.resident[:, 1])
+
+
+def test_the_published_cache_turns_keys_once():
+    """The public SepCache writes turned keys back, and turns them again each step."""
+    _, _, (graph, parameters) = published(PUBLISHED, TOKENS, layers=1)
+    made = nnx.merge(graph, parameters)
+    cache = made.empty_cache(BATCH, LENGTH)
+    step = quick_jit(lambda parameters, *x: nnx.merge(graph, parameters).extend(*x))
+    keys = []
+    for token in range(14):
+        _, cache = step(parameters, TOKENS[:, token : token + 1], cache)
+        keys.append(np.asarray(cache.layers[0].arrays.keys))
+    for before, after in itertools.pairwise(keys):
+        filled = np.any(before != 0, axis=(0, 1, 3, 4))
+        np.testing.assert_array_equal(after[:, :, filled], before[:, :, filled])
+
+
+def test_prefill_fits_in_the_cache():
+    """The public SepCache holds the whole prompt; here the largest array is a chunk's."""
+    graph, parameters = model("bounded")
+    made = nnx.merge(graph, parameters)
+    cache = jax.eval_shape(lambda: made.empty_cache(1, 1 << 20))
+    largest = max(leaf.size for leaf in jax.tree.leaves(cache))
+    assert largest <= 2 * 5 * 2 * 8  # layers, window, KV heads, head size
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"separators": 0}, "SeparatorAttention.separators = 0 must be at least 1, or null"),
+        ({"interval": 0}, "SeparatorAttention.interval = 0 must be at least 1"),
+        ({"positions": "rank"}, "SeparatorAttention.positions = 'rank'"),
+        ({"initial_of": "batch"}, "SeparatorAttention.initial_of = 'batch'"),
+        ({"cache_entries": 100}, "cache_entries = 100 needs a number for SeparatorAttention.sepa"),
+        (
+            {"cache_entries": 99, "separators": 33},
+            r"cache_entries = 99 is below initial_tokens \+ separators \+ window = 3 \+ 33 \+ 64",
+        ),
+        (
+            {"cache_entries": 66, "characters": ""},
+            r"cache_entries = 66 is below .* = 3 \+ 0 \+ 64 = 67",
+        ),
+    ],
+)
+def test_bad_sizes(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        SeparatorAttention(**fields)
+
+
+def test_compact_positions_need_some_that_rotate():
+    config = small_config(attention=ATTENTIONS["compact"], positions=LearnedPositions(length=64))
+    graph, parameters = random_model(config)
+    with pytest.raises(ConfigError, match="positions = 'compact' needs positions that rotate"):
+        hidden(graph, parameters, TOKENS)
+
+
+def test_compact_distances_are_counts_of_what_is_attended():
+    """A row sees its entries as if they followed one another: naively, turned one by one."""
+    attention, rotary = ATTENTIONS["compact"], Rotary()
+    starts = documents(LENGTH, (0, 25), (0,), (0, 40))
+    random = np.random.default_rng(0)
+    queries, keys, values = (
+        jnp.asarray(random.normal(size=(BATCH, LENGTH, 2, 8)), jnp.float32) for _ in range(3)
+    )
+    positions = jnp.asarray(np.arange(LENGTH) - starts)
+
+    def turn(x, by):
+        return rotary.rotate(x, rotary.rotation(by, 8))
+
+    heads = Heads(turn(queries, positions), turn(keys, positions), values, turn)
+    sources = attention.sources(attention.plan(TOKENS, starts), heads, 0)
+    output, _ = range_attention(heads.queries, sources)
+
+    mask = naive_mask(attention, TOKENS, starts)
+    # entries attended after each one, up to the row
+    distance = np.cumsum(mask[..., ::-1], axis=-1)[..., ::-1] - mask
+    for row in (0, 5, 30, 62):
+        near = turn(
+            jnp.broadcast_to(keys[:, :, None], (BATCH, LENGTH, 1, 2, 8)).reshape(-1, 1, 2, 8),
+            -jnp.asarray(distance[:, row].reshape(-1, 1)),
+        ).reshape(BATCH, LENGTH, 2, 8)
+        scores = jnp.einsum("bhd,bjhd->bhj", queries[:, row], near, precision="highest")
+        scores = jnp.where(mask[:, row][:, None], scores * 8**-0.5, -jnp.inf)
+        expected = jnp.einsum("bhj,bjhd->bhd", jax.nn.softmax(scores, -1), values)
+        np.testing.assert_allclose(output[:, row], expected, atol=2e-5)
