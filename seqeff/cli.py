@@ -96,7 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     _add_checkpoint(generate)
 
-    command("info", _info, "Which methods, backends and devices are available here, and why not.")
+    text = "Which methods, backends and devices are available here, and why not."
+    info = command("info", _info, text)
+    info.add_argument(
+        "--separators",
+        type=Path,
+        metavar="TOKENIZER",
+        help="in place of that, the separators of a tokenizer's file or directory",
+    )
+    info.add_argument("texts", nargs="*", type=Path, metavar="FILE", help="how dense they are here")
 
     text = "Measure speed on this machine."
     bench = commands.add_parser("bench", help=text, description=text)
@@ -257,6 +265,13 @@ def _generate(options: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _info(options: argparse.Namespace, _: Sequence[str]) -> int:
+    if options.separators is not None:
+        from seqeff.analysis import separators
+
+        print(separators.describe(options.separators, options.texts))
+        return 0
+    if options.texts:
+        raise UserError("texts are for --separators TOKENIZER; give it, or leave them out")
     from seqeff.info import describe
 
     print(describe())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import os
-import sys
+import typing
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any
 
 import jax
@@ -60,33 +60,52 @@ def _devices() -> Iterator[str]:
 
 
 def _methods() -> Iterator[str]:
-    """The scanned configs, under each protocol that they fulfil."""
+    """The configs that a run can hold, under the protocol of the field that takes them."""
+    from seqeff.training import Train
+
     classes = Classes()
     for package in PACKAGES:
         classes.add_package(package)
-    protocols = {
-        value
-        for name, module in list(sys.modules.items())
-        if name.startswith(PACKAGES)
-        for value in vars(module).values()
-        if getattr(value, "_is_protocol", False) and value.__module__ == name
-    }
-    for protocol in sorted(protocols, key=lambda protocol: protocol.__name__):
-        names = sorted(cls.__name__ for cls in classes.by_name.values() if _fulfils(cls, protocol))
-        if names:
-            yield f"  {protocol.__name__}: {', '.join(names)}"
+    found: dict[str, list[str]] = {}
+    waiting, seen = [Train], set()
+    while waiting:
+        cls = waiting.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        for kind in _kinds(cls):
+            if dataclasses.is_dataclass(kind):
+                waiting.append(kind)
+            elif getattr(kind, "_is_protocol", False):
+                serving = [cls for cls in classes.by_name.values() if _fulfils(cls, kind)]
+                found[kind.__name__] = sorted(cls.__name__ for cls in serving)
+                waiting += serving
+    for protocol, names in sorted(found.items()):
+        yield f"  {protocol}: {', '.join(names)}"
+
+
+def _kinds(cls: type) -> Iterator[Any]:
+    """The classes that its fields' types are made of."""
+    waiting = list(typing.get_type_hints(cls).values())
+    while waiting:
+        hint = waiting.pop()
+        if inspect.isclass(hint):
+            yield hint
+        waiting += typing.get_args(hint)
 
 
 def _fulfils(cls: type, protocol: type) -> bool:
-    own = {field.name for field in fields(cls)}
+    own = {field.name for field in dataclasses.fields(cls)}
     for name, member in vars(protocol).items():
         if name.startswith("_"):
             continue
         if not (name in own or hasattr(cls, name)):
             return False
         # many protocols have a `make`; its parameters tell them apart
-        if inspect.isfunction(member) and _parameters(member) != _parameters(getattr(cls, name)):
-            return False
+        if inspect.isfunction(member):
+            mine = getattr(cls, name, None)
+            if not callable(mine) or _parameters(member) != _parameters(mine):
+                return False
     return True
 
 

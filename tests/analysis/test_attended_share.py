@@ -1,0 +1,72 @@
+"""The paper's percentages, and the formula against counted masks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from seqeff.analysis import attended_share, model_attended_share
+from seqeff.checks import ConfigError
+from seqeff.models import (
+    DenseAttention,
+    FeedForward,
+    HeadProjections,
+    SeparatorAttention,
+    TransformerConfig,
+)
+
+PILE = 0.1152
+SEPLLM = SeparatorAttention(window=64, initial_tokens=3, separator_ids=(1,))
+
+
+def test_streamingllm_is_exact():
+    streaming = dataclasses.replace(SEPLLM, separator_ids=())
+    assert round(100 * attended_share(streaming, 2048), 3) == 6.434
+
+
+@pytest.mark.parametrize(
+    ("window", "dense_layers", "percent"),
+    [(64, (), 17.21), (128, (), 22.47), (64, (0,), 24.11), (64, (0, -1), 31.01)],
+    ids=["n=64", "n=128", "H", "H/T"],
+)
+def test_the_papers_models(window, dense_layers, percent):
+    config = TransformerConfig(
+        vocabulary_size=8,
+        width=8,
+        layers=12,
+        projections=HeadProjections(heads=1),
+        feed_forward=FeedForward(hidden=8),
+        attention=dataclasses.replace(SEPLLM, window=window),
+        layer_attention={layer: DenseAttention() for layer in dense_layers},
+    )
+    assert round(100 * model_attended_share(config, 2048, PILE), 2) == percent
+
+
+def test_dense_attention_keeps_all():
+    assert attended_share(DenseAttention(), 100) == 1
+    assert attended_share(DenseAttention(window=1), 100) == pytest.approx(2 / 101)
+    assert attended_share(SeparatorAttention(window=8, initial_tokens=0), 100, 1.0) == 1
+
+
+@pytest.mark.parametrize("limit", [1, 3, 40])
+def test_bounded_separators_against_random_texts(limit):
+    length, density, window, initial = 200, 0.2, 8, 3
+    attention = SeparatorAttention(
+        window=window, initial_tokens=initial, separators=limit, separator_ids=(1,)
+    )
+    random = np.random.default_rng(0)
+    counted = []
+    for _ in range(200):
+        separators = (random.random(length) < density) & (np.arange(length) >= initial)
+        before = np.maximum(np.arange(length) + 1 - window, 0)
+        passed = np.concatenate([[0], np.cumsum(separators)])[before]
+        row = np.minimum(np.arange(length) + 1, window) + np.minimum(before, initial)
+        counted.append((row + np.minimum(passed, limit)).sum() / (length * (length + 1) / 2))
+    assert attended_share(attention, length, density) == pytest.approx(np.mean(counted), rel=2e-3)
+
+
+def test_what_has_no_share():
+    with pytest.raises(ConfigError, match="no formula is known for the share of object"):
+        attended_share(object(), 10)
+    with pytest.raises(ConfigError, match=r"density of separators is 1\.5; give a fraction"):
+        attended_share(SEPLLM, 10, 1.5)
