@@ -67,7 +67,8 @@ def _methods() -> Iterator[str]:
     for package in PACKAGES:
         classes.add_package(package)
     found: dict[str, list[str]] = {}
-    waiting, seen = [Train], set()
+    waiting: list[Any] = [Train]
+    seen: set[Any] = set()
     while waiting:
         cls = waiting.pop()
         if cls in seen:
