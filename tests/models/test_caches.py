@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,14 +196,18 @@ def test_a_bounded_cache_has_one_size_for_any_capacity(name):
     assert kind_of(ATTENTIONS["dense"]).grows
 
 
-@pytest.mark.parametrize("name", ["bounded", "compact", "separator", "streaming", "dense"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_entries_are_those_of_the_mask(name):
-    _, cache = run(name, (1,) * 30)
-    (layers,) = cache.layers
-    found = layers.kind.entries(layers.state)
     mask = naive_mask(ATTENTIONS[name], TOKENS, np.zeros_like(TOKENS))
-    np.testing.assert_array_equal(found.read, mask[:, 29].sum(-1))
-    np.testing.assert_array_equal(found.resident, found.read)
+    _, cache = run(name, (28,))
+    for rows in (1, 8):
+        (layers,) = cache.layers
+        tokens = TOKENS[:, 28 : 28 + rows]
+        step, state = layers.kind.begin(layers.state, tokens, jnp.full(BATCH, rows))
+        expected = mask[:, 28 : 28 + rows].sum(-1)
+        np.testing.assert_array_equal(layers.kind.read(step, rows), expected)
+        if name != "interval":  # which keeps what it no longer reads
+            np.testing.assert_array_equal(layers.kind.resident(state), expected[:, -1])
 
 
 def test_a_scan_over_tokens():
@@ -250,6 +255,16 @@ PUBLISHED = SeparatorAttention(
 )
 
 
+class Used(NamedTuple):
+    read: Any
+    resident: Any
+
+
+def _begun(layers, token):
+    step, _ = layers.kind.begin(layers.state, token[:, None], jnp.ones(len(token), jnp.int32))
+    return (step,)
+
+
 def published(attention, tokens, **config):
     """Outputs, and entries read and resident after each token."""
     graph, parameters = random_model(small_config(attention=attention, **config))
@@ -259,9 +274,11 @@ def published(attention, tokens, **config):
         made = nnx.merge(graph, parameters)
 
         def step(cache, token):
+            (layers,) = cache.layers
+            read = layers.kind.read(*_begun(layers, token), 1)
             output, cache = made.extend(token[:, None], cache)
             (layers,) = cache.layers
-            return cache, (output[:, 0], layers.kind.entries(layers.state))
+            return cache, (output[:, 0], Used(read[:, 0], layers.kind.resident(layers.state)))
 
         cache = made.empty_cache(tokens.shape[0], tokens.shape[1])
         return jax.lax.scan(step, cache, tokens.T)[1]
@@ -314,8 +331,9 @@ def test_the_entries_of_the_published_cache_average_what_the_paper_says(sizes, m
         state, _ = kind.empty(_Sizes)
 
         def step(state, _):
-            state = kind.begin(state, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))[1]
-            return state, kind.entries(state)
+            token = jnp.zeros((1, 1), jnp.int32)
+            begun, state = kind.begin(state, token, jnp.ones(1, jnp.int32))
+            return state, (kind.read(begun, 1)[:, 0], kind.resident(state))
 
         return jax.lax.scan(step, state, length=20_000)[1]
 

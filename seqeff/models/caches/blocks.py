@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.attention.attend import attend, attend_blocks
 from seqeff.models.attention.protocol import Heads, require_turn
-from seqeff.models.caches.protocol import Entries, Sizes, pick
+from seqeff.models.caches.protocol import Sizes, pick
 from seqeff.models.caches.whole import KeysValues
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import (
@@ -147,12 +147,18 @@ class BlockCache:
             return self._attend_one(step, arrays, heads, backend)
         return self._attend_many(step, arrays, heads, backend)
 
-    def entries(self, state: BlocksState) -> Entries:
-        length = state.length
+    def read(self, step: OneToken | ManyTokens, rows: int) -> Int[Array, "batch rows"]:
+        if isinstance(step, OneToken):
+            filled = step.initial_filled + step.kept_filled + step.window_filled
+            return filled[:, None]
+        token = step.first[:, None] + jnp.arange(rows)
+        kept = 0 if step.far is None else step.far.end - step.far.start
+        return step.initial_end + kept + jnp.minimum(token + 1, self.window)
+
+    def resident(self, state: BlocksState) -> Int[Array, " batch"]:
         kept = state.kept if self.kept is None else jnp.minimum(state.kept, self.kept)
-        initial = jnp.clip(length - self.window, 0, self.initial)
-        total = initial + kept + jnp.minimum(length, self.window)
-        return Entries(total, total)
+        initial = jnp.clip(state.length - self.window, 0, self.initial)
+        return initial + kept + jnp.minimum(state.length, self.window)
 
     def _slots(self, capacity: int) -> int:
         return capacity if self.kept is None else self.kept

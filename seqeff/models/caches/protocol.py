@@ -27,18 +27,6 @@ class Sizes(NamedTuple):
     dtype: DTypeLike
 
 
-class Entries(NamedTuple):
-    """How many entries of a layer each row of the batch used for its last token.
-
-    Attributes:
-      read: that the token attended, itself included.
-      resident: that the cache holds after it.
-    """
-
-    read: Int[Array, " batch"]
-    resident: Int[Array, " batch"]
-
-
 class CacheKind(Protocol):
     """How the layers of one attention remember.
 
@@ -81,8 +69,12 @@ class CacheKind(Protocol):
         """
         ...
 
-    def entries(self, state: Any) -> Entries:
-        """What the last token used."""
+    def read(self, step: Any, rows: int) -> Int[Array, "batch rows"]:
+        """How many entries of a layer each new token attends, itself included."""
+        ...
+
+    def resident(self, state: Any) -> Int[Array, " batch"]:
+        """How many entries a layer holds of each row."""
         ...
 
 

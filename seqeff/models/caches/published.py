@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.attention.attend import attend_blocks
 from seqeff.models.attention.protocol import Heads, require_turn
-from seqeff.models.caches.protocol import Entries, Sizes, put
+from seqeff.models.caches.protocol import Sizes, put
 from seqeff.models.caches.whole import KeysValues
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import Backend, pack
@@ -25,14 +25,12 @@ class PublishedState(NamedTuple):
       filled: entries.
       separators_end: where the past window begins.
       separates: which entries are separators.
-      read: entries that the last token attended.
     """
 
     length: Int[Array, " batch"]
     filled: Int[Array, " batch"]
     separators_end: Int[Array, " batch"]
     separates: Bool[Array, "batch slots"]
-    read: Int[Array, " batch"]
 
 
 class PublishedStep(NamedTuple):
@@ -75,7 +73,7 @@ class PublishedCache:
         count = jnp.zeros(sizes.batch, jnp.int32)
         begin = jnp.full(sizes.batch, self.initial, jnp.int32)
         separates = jnp.zeros((sizes.batch, slots), bool)
-        state = PublishedState(count, count, begin, separates, count)
+        state = PublishedState(count, count, begin, separates)
         return state, KeysValues.empty(sizes, slots)
 
     def begin(
@@ -108,7 +106,6 @@ class PublishedCache:
             separates=jnp.where(
                 evicts[:, None], jnp.take_along_axis(separates, moves, axis=1), separates
             ),
-            read=jnp.where(real, filled, state.read),
         )
         return PublishedStep(state.length, real, state.filled, moves, evicts), after
 
@@ -131,8 +128,12 @@ class PublishedCache:
         moved = jax.lax.cond(step.evicts.any(), self._move, lambda _, x: x, step, arrays)
         return output, moved
 
-    def entries(self, state: PublishedState) -> Entries:
-        return Entries(state.read, state.filled)
+    def read(self, step: PublishedStep, rows: int) -> Int[Array, "batch 1"]:
+        del rows
+        return step.slot[:, None] + 1
+
+    def resident(self, state: PublishedState) -> Int[Array, " batch"]:
+        return state.filled
 
     def _move(self, step: PublishedStep, arrays: KeysValues) -> KeysValues:
         entry = jnp.arange(arrays.keys.shape[1])

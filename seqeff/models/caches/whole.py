@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqeff.models.attention.attend import attend, attend_blocks
 from seqeff.models.attention.protocol import Heads
-from seqeff.models.caches.protocol import Entries, Sizes, pick, put
+from seqeff.models.caches.protocol import Sizes, pick, put
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import Backend, TokenSource
 
@@ -85,8 +86,20 @@ class WholeCache:
         sources = self.attention.sources(step.plan, all_heads, step.length)
         return attend(heads.queries, sources, backend), arrays
 
-    def entries(self, state: History) -> Entries:
-        return Entries(state.length, state.length)
+    def read(self, step: Appended, rows: int) -> Int[Array, "batch rows"]:
+        capacity = jax.tree.leaves(step.plan)[0].shape[1]
+        batch = step.length.shape[0]
+        queries = jnp.zeros((batch, rows, 1, 1), jnp.float32)
+        entries = jnp.zeros((batch, capacity, 1, 1), jnp.float32)
+        heads = Heads(queries, entries, entries, turn=lambda x, _: x)
+        total = jnp.zeros((batch, rows), jnp.int32)
+        for source in self.attention.sources(step.plan, heads, step.length):
+            start, end = source.bounds(rows)
+            total += jnp.maximum(end - start, 0)[:, 0]
+        return total
+
+    def resident(self, state: History) -> Int[Array, " batch"]:
+        return state.length
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,11 @@ class TokenCache:
         source = TokenSource(*arrays, row_offset=step.length)
         return attend(heads.queries, [source], backend), arrays
 
-    def entries(self, state: Int[Array, " batch"]) -> Entries:
-        return Entries(state, state)
+    def read(self, step: Appended, rows: int) -> Int[Array, "batch rows"]:
+        return step.length[:, None] + 1 + jnp.arange(rows)
+
+    def resident(self, state: Int[Array, " batch"]) -> Int[Array, " batch"]:
+        return state
 
 
 def _places(
