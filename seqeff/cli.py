@@ -82,12 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="sizes and costs, no training")
     _add_checkpoint(train)
 
-    evaluate = command("eval", _evaluate, "Score a run on its held-out documents.")
+    text = "Score a run on its held-out documents, or on long texts as streams."
+    evaluate = command("eval", _evaluate, text, True)
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
     _add_checkpoint(evaluate)
 
-    generate = command("generate", _generate, "Continue a prompt with a run's model.")
+    generate = command("generate", _generate, "Continue a prompt with a run's model.", True)
     generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--tokens", type=_positive, default=200, help="at most (default: 200)")
@@ -216,13 +217,13 @@ def _dry_run(config: training.Train) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace, _: Sequence[str]) -> int:
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.data import place, prepare_validation
     from seqeff.evaluation import make_evaluate
 
-    run, config, tokenizer = _open(options)
+    run, config, tokenizer = _open(options, overrides)
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
@@ -239,7 +240,7 @@ def _evaluate(options: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _generate(options: argparse.Namespace, _: Sequence[str]) -> int:
+def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.inference import Generator, Sampling, check_prompt, decode_stream
@@ -249,7 +250,7 @@ def _generate(options: argparse.Namespace, _: Sequence[str]) -> int:
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid text: {error}") from error
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
-    run, config, tokenizer = _open(options)
+    run, config, tokenizer = _open(options, overrides)
     context = config.data.sequence_length
     prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt)]
     check_prompt(prompt, context)
@@ -324,13 +325,15 @@ def _tell_speed(
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[RunDirectory, training.Train, Tokenizer]:
-    """A run directory, its config, and its tokenizer; touches no device."""
+def _open(
+    options: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[RunDirectory, training.Train, Tokenizer]:
+    """A run directory, its config with the overrides, and its tokenizer; touches no device."""
     from seqeff.data import Tokenizer
     from seqeff.runs import RunDirectory
 
     run = RunDirectory(options.run_dir).require()
-    config = _load(run.operative_config, (), run).root
+    config = _load(run.operative_config, overrides, run).root
     return run, config, Tokenizer.load(run.tokenizer)
 
 

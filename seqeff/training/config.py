@@ -8,6 +8,7 @@ from seqeff.checks import check_types, require
 from seqeff.data import Data
 from seqeff.inference import Sampling
 from seqeff.models import LearnedPositions, TransformerConfig
+from seqeff.paths import LocalPath
 from seqeff.training.checkpoints import Checkpoints
 from seqeff.training.guard import Guard
 from seqeff.training.mesh import MeshConfig
@@ -23,6 +24,9 @@ class Train:
 
     Attributes:
       steps: optimizer steps of the whole run.
+      parent: a run directory whose parameters this run begins with, and whose tokenizer it takes,
+        in place of new ones; steps, schedule and optimizer are this run's own.
+      parent_step: of the parent's checkpoint; null: its last.
       seed: of the initial parameters; `Data.seed` is that of the data's order.
       accumulate: parts that a batch is computed in, one after the other; divides the batch size.
       deterministic: the same bits every time on GPU too, at some cost in speed.
@@ -46,6 +50,8 @@ class Train:
     mesh: MeshConfig = MeshConfig()
     checkpoints: Checkpoints = Checkpoints()
     tracker: TrackerConfig | None = None
+    parent: LocalPath | None = None
+    parent_step: int | None = None
     seed: int = 0
     accumulate: int = 1
     deterministic: bool = False
@@ -65,6 +71,10 @@ class Train:
             value = getattr(self, name)
             require(value >= 1, f"Train.{name} = {value} must be at least 1")
         require(0 <= self.seed < 2**32, f"Train.seed = {self.seed} must be at least 0, below 2**32")
+        require(
+            self.parent_step is None or self.parent is not None,
+            f"Train.parent_step = {self.parent_step} needs Train.parent, the run that has it",
+        )
         for name in ("evaluate_every", "evaluation_batches", "sample_every"):
             value = getattr(self, name)
             require(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from seqeff.data import prepare
 from seqeff.models.flops import parameter_count
 from seqeff.training.config import Train
 from seqeff.training.program import (
@@ -15,6 +14,7 @@ from seqeff.training.program import (
     abstract_batch,
     flops_per_token,
     prepare_backend,
+    prepare_new,
 )
 
 
@@ -27,7 +27,7 @@ def describe(config: Train) -> str:
     prepare_backend(config)
     if config.tracker is not None:
         config.tracker.check()
-    prepared = prepare(config.data)
+    prepared = prepare_new(config)
     program = Program(config, prepared.tokenizer.vocabulary())
     flops = flops_per_token(program.model, prepared)
     with jax.set_mesh(program.mesh):

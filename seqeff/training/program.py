@@ -132,8 +132,19 @@ def _ask_determinism() -> None:
 def prepare_for(config: Train, run: RunDirectory) -> PreparedData:
     """The data; for a run that was begun, with its own tokenizer, and checked to be the same."""
     if not run.exists():
-        return prepare(config.data)
+        return prepare_new(config)
     return prepare(config.data, Tokenizer.load(run.tokenizer), run.data_fingerprint())
+
+
+def prepare_new(config: Train) -> PreparedData:
+    """The data of a run that is to begin; with the tokenizer of its parent, if it has one.
+
+    Raises:
+      UserError: the parent is no run.
+    """
+    if config.parent is None:
+        return prepare(config.data)
+    return prepare(config.data, Tokenizer.load(RunDirectory(config.parent).require().tokenizer))
 
 
 def keep_data(prepared: PreparedData, run: RunDirectory) -> None:

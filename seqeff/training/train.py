@@ -132,7 +132,13 @@ def _begin(
 ) -> tuple[State, int]:
     """The state to start from and its step."""
     if checkpoint is None and store.latest() is None:
-        return program.initialise(jax.random.key(config.seed)), 0
+        state = program.initialise(jax.random.key(config.seed))
+        if config.parent is not None:
+            wanted = {"parameters": program.abstract_state["parameters"]}
+            with CheckpointStore(RunDirectory(config.parent).checkpoints) as parent:
+                found, _ = parent.restore(config.parent_step, wanted, partial=True)
+            state = {**state, **found}
+        return state, 0
     state, _ = store.restore(checkpoint, program.abstract_state)
     step = int(state["step"])
     store.discard_after(step)
