@@ -86,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _evaluate, text, True)
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
+    text = "read these texts as streams, in constant memory, with and without separators"
+    evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
+    text = "streams go on from book to book (default: each begins anew)"
+    evaluate.add_argument("--carry", action="store_true", help=text)
+    text = "tokens that a stream takes at a time (default: 512)"
+    evaluate.add_argument("--chunk", type=_positive, default=512, help=text)
+    text = "keep the streams in this folder, and go on from there"
+    evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
+    evaluate.add_argument("--json", type=Path, help="write the streams' results to this file")
     _add_checkpoint(evaluate)
 
     generate = command("generate", _generate, "Continue a prompt with a run's model.", True)
@@ -224,6 +233,8 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.evaluation import make_evaluate
 
     run, config, tokenizer = _open(options, overrides)
+    if options.streaming:
+        return _stream(options, run, config, tokenizer)
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
@@ -237,6 +248,45 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         f"loss {result.loss:.4f}\nperplexity {result.perplexity:.2f}\n"
         f"bits per byte {result.bits_per_byte:.4f}\ntokens {result.tokens}\nbytes {result.bytes}"
     )
+    return 0
+
+
+def _stream(
+    options: argparse.Namespace, run: RunDirectory, config: training.Train, tokenizer: Tokenizer
+) -> int:
+    import jax
+
+    from seqeff.bench.report import write_report
+    from seqeff.evaluation import StreamResult, comparison
+    from seqeff.training.program import run_model
+
+    model = run_model(config, tokenizer.vocabulary())
+    comparison.methods(model)
+    books = comparison.read_books(tokenizer, options.streaming)
+    length = config.data.sequence_length
+    if told := comparison.warning(model, books, length, options.carry):
+        print(f"seqeff: {told}", file=sys.stderr)
+    program, parameters = _restore(run, config, tokenizer, options.checkpoint)
+    rows: dict[str, list[StreamResult]] = {}
+    results = []
+    print(comparison.HEADER, flush=True)
+    with jax.set_mesh(program.mesh):
+        for method, book, result in comparison.compare(
+            program.model,
+            parameters,
+            tokenizer,
+            books,
+            length=length,
+            chunk=options.chunk,
+            carry=options.carry,
+            state=options.state,
+        ):
+            found = rows.setdefault(method, [])
+            found.append(result)
+            results.append({"method": method, "book": book.name, **result.as_metrics()})
+            write_report(options.json, "streaming", results, {"carry": options.carry})
+            if len(found) == len(books):
+                print(comparison.line(method, StreamResult.total(found)), flush=True)
     return 0
 
 

@@ -271,7 +271,7 @@ def test_a_full_disk(tiny, finished, tmp_path):
         (["train", "a.gin", "--dryrun"], "unrecognized arguments: --dryrun"),
         (["eval", "run", "--batches", "x"], "argument --batches: 'x' is not a whole number of"),
         (["train", "a.gin", "--gin.Train.steps"], "--gin.Train.steps has no value"),
-        (["eval", "run", "--gin.Train.steps=3"], "seqeff eval takes no --gin overrides"),
+        (["info", "--gin.Train.steps=3"], "seqeff info takes no --gin overrides"),
         (["eval", "."], "is not a run directory: it has no operative_config.gin"),
         (["eval", "absent"], "is not a run directory"),
         (["generate", "absent", "--prompt", "a"], "is not a run directory"),

@@ -1,4 +1,4 @@
-"""A run that begins with another's parameters, and attentions put on a run that has none of them."""
+"""Runs that begin with another's parameters, and masks put on a run that had none."""
 
 import pytest
 from tiny_run import refused, seqeff, steps_of

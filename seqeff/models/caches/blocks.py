@@ -128,8 +128,9 @@ class BlockCache:
         return self.kept is None
 
     def empty(self, sizes: Sizes) -> tuple[BlocksState, Blocks]:
-        count = jnp.zeros(sizes.batch, jnp.int32)
-        state = BlocksState(count, count, jnp.zeros((sizes.batch, self.window), bool))
+        # arrays of their own, which can be donated
+        length, kept = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
+        state = BlocksState(length, kept, jnp.zeros((sizes.batch, self.window), bool))
         slots = (self.initial, self._slots(sizes.capacity), self.window)
         return state, Blocks(*(KeysValues.empty(sizes, max(count, 1)) for count in slots))
 

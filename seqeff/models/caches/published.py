@@ -70,10 +70,10 @@ class PublishedCache:
 
     def empty(self, sizes: Sizes) -> tuple[PublishedState, KeysValues]:
         slots = self.entries_limit + 1
-        count = jnp.zeros(sizes.batch, jnp.int32)
+        length, filled = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
         begin = jnp.full(sizes.batch, self.initial, jnp.int32)
         separates = jnp.zeros((sizes.batch, slots), bool)
-        state = PublishedState(count, count, begin, separates)
+        state = PublishedState(length, filled, begin, separates)
         return state, KeysValues.empty(sizes, slots)
 
     def begin(

@@ -1,0 +1,142 @@
+"""`seqeff eval --streaming`: a model, StreamingLLM and SepLLM over the same texts, in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqeff.checks import UserError
+from seqeff.data import Tokenizer
+from seqeff.evaluation.streaming import (
+    Book,
+    Stream,
+    StreamResult,
+    read_in_rows,
+    require_constant_memory,
+    stream,
+)
+from seqeff.models import SeparatorAttention, TransformerConfig
+from seqeff.models.positions import Rotary
+
+HEADER = (
+    f"{'method':22}{'perplexity':>11}{'bits/byte':>10}{'tokens':>11}{'seconds':>9}{'tokens/s':>10}"
+    f"{'entries read':>14}{'at most':>9}"
+)
+
+
+def read_books(tokenizer: Tokenizer, files: Sequence[Path]) -> list[Book]:
+    """Texts as tokens.
+
+    Raises:
+      UserError: a file cannot be read, or is empty.
+    """
+    books = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {file} as UTF-8 text: {error}") from error
+        if not text:
+            raise UserError(f"{file} is empty; leave it out")
+        ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
+        books.append(Book(file.name, np.asarray(ids, np.int32)))
+    return books
+
+
+def methods(config: TransformerConfig) -> dict[str, TransformerConfig]:
+    """The model's streams by name: its own and, with separators, StreamingLLM of as many entries.
+
+    Raises:
+      UserError: a layer's memory would grow with the text.
+    """
+    require_constant_memory(config)
+    own = [a for a in config.attentions() if isinstance(a, SeparatorAttention)]
+    if not any(attention.keeps_separators for attention in own):
+        return {"StreamingLLM" if own else "own attention": config}
+    streaming = {
+        layer: without_separators(attention)
+        for layer, attention in enumerate(config.attentions())
+        if isinstance(attention, SeparatorAttention)
+    }
+    return {
+        "StreamingLLM": dataclasses.replace(config, layer_attention=streaming),
+        "SepLLM": config,
+    }
+
+
+def without_separators(attention: SeparatorAttention) -> SeparatorAttention:
+    """StreamingLLM of as many entries: the window takes the separators' place."""
+    window = attention.window + (attention.separators or 0)
+    if attention.cache_entries is not None:
+        window = attention.cache_entries - attention.initial_tokens
+    return dataclasses.replace(
+        attention,
+        window=window,
+        separators=None,
+        separator_ids=(),
+        characters="",
+        preset=None,
+        interval=None,
+    )
+
+
+def compare(
+    config: TransformerConfig,
+    parameters: Any,
+    tokenizer: Tokenizer,
+    books: Sequence[Book],
+    *,
+    length: int,
+    chunk: int,
+    carry: bool,
+    state: Path | None,
+) -> Iterator[tuple[str, Book, StreamResult]]:
+    """Yields, method by method, each text's result.
+
+    Args:
+      length: that the model was trained on, for the rows of the one without a stream.
+      chunk: tokens that a stream takes at a time.
+      carry: streams go on from text to text.
+      state: a folder that the streams are kept in.
+
+    Raises:
+      UserError: a layer's memory would grow with the text.
+    """
+    sizes = tokenizer.byte_lengths()
+    streams = methods(config)
+    for book, result in read_in_rows(config, parameters, sizes, books, length):
+        yield f"dense, rows of {length}", book, result
+    for name, variant in streams.items():
+        reader = Stream(variant, sizes, chunk)
+        kept = None if state is None else state / f"{name.replace(' ', '-')}.safetensors"
+        for book, result in stream(reader, parameters, books, carry=carry, state=kept):
+            yield name, book, result
+
+
+def warning(config: TransformerConfig, books: Sequence[Book], length: int, carry: bool) -> str:
+    """What is to be feared of positions that pass those of training; "" if nothing."""
+    longest = (sum if carry else max)(len(book.tokens) for book in books)
+    absolute = any(
+        getattr(attention, "positions", "absolute") == "absolute"
+        for attention in config.attentions()
+    )
+    if longest <= length or not absolute or not isinstance(config.positions, Rotary):
+        return ""
+    return (
+        f"warning: positions go up to {longest:,}, in training up to {length:,}, past which "
+        "perplexity rises to hundreds; --gin.SeparatorAttention.positions=compact keeps them near"
+    )
+
+
+def line(method: str, result: StreamResult) -> str:
+    """A row under `HEADER`."""
+    found, speed = result.perplexity, result.perplexity.tokens / max(result.seconds, 1e-9)
+    return (
+        f"{method:22}{found.perplexity:11.2f}{found.bits_per_byte:10.4f}{found.tokens:11,}"
+        f"{result.seconds:9.1f}{speed:10,.0f}{result.entries_read:14.1f}"
+        f"{result.entries_resident:9,}"
+    )

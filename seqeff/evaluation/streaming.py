@@ -1,0 +1,352 @@
+"""Perplexity of texts without end, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seqeff.checks import UserError
+from seqeff.evaluation.perplexity import Perplexity
+from seqeff.models import Cache, DenseAttention, TransformerConfig, token_losses
+from seqeff.models.caches.files import load_cache, save_cache
+from seqeff.models.flops import abstract_model
+
+_CHUNK = 512
+# rows that the model without a stream reads at a time
+_ROWS = 8
+
+
+class Book(NamedTuple):
+    """A text: its name, and its tokens, the end of text before them."""
+
+    name: str
+    tokens: Int[np.ndarray, " tokens"]
+
+
+class Sums(NamedTuple):
+    """Over tokens: their loss, their number, their bytes; entries read, and the most resident."""
+
+    nats: Float[Array, ""]
+    tokens: Float[Array, ""]
+    bytes: Float[Array, ""]
+    read: Float[Array, ""]
+    resident: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """What a text costs.
+
+    Attributes:
+      seconds: on the clock, compilation not included.
+      entries_read: that a token attends in a layer, itself included, in the mean.
+      entries_resident: that a layer holds, at most.
+    """
+
+    perplexity: Perplexity
+    seconds: float
+    entries_read: float
+    entries_resident: int
+
+    @classmethod
+    def total(cls, results: Iterable[StreamResult]) -> StreamResult:
+        """Of several texts."""
+        parts = list(results)
+        tokens = sum(part.perplexity.tokens for part in parts)
+        return cls(
+            Perplexity(
+                nats=sum(part.perplexity.nats for part in parts),
+                tokens=tokens,
+                bytes=sum(part.perplexity.bytes for part in parts),
+            ),
+            seconds=sum(part.seconds for part in parts),
+            entries_read=sum(part.entries_read * part.perplexity.tokens for part in parts)
+            / max(tokens, 1),
+            entries_resident=max((part.entries_resident for part in parts), default=0),
+        )
+
+    def as_metrics(self) -> dict[str, float]:
+        """For reports."""
+        return {
+            **self.perplexity.as_metrics(),
+            "seconds": self.seconds,
+            "tokens_per_second": self.perplexity.tokens / max(self.seconds, 1e-9),
+            "entries_read": self.entries_read,
+            "entries_resident": self.entries_resident,
+        }
+
+
+class Stream:
+    """Reads texts through a model's caches, a chunk at a time.
+
+    Each token is predicted from the caches and the tokens of its chunk before it, as decoding one
+    token after another would predict it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, byte_lengths: np.ndarray, chunk: int = _CHUNK
+    ) -> None:
+        """
+        Args:
+          config: all of whose layers have caches of constant size.
+          byte_lengths: UTF-8 bytes that each token id stands for, int [vocabulary].
+          chunk: tokens taken at a time.
+
+        Raises:
+          UserError: a layer's cache would grow with the text.
+        """
+        require_constant_memory(config)
+        self._config, self._chunk = config, chunk
+        graph, _ = nnx.split(abstract_model(config))
+        lengths = jnp.asarray(byte_lengths, jnp.float32)
+
+        def take(
+            parameters: Any, cache: Cache, tokens: Array, targets: Array, count: Array
+        ) -> tuple[Sums, Cache]:
+            model = nnx.merge(graph, parameters)
+            real = jnp.arange(tokens.shape[1]) < count
+            counted = real & (targets >= 0)
+            read, resident = _used(config, cache, tokens, count)
+            hidden, cache = model.extend(tokens, cache, count[None])
+            losses = token_losses(hidden, model.head(), jnp.maximum(targets, 0))
+            sizes = jnp.take(lengths, targets, mode="clip")
+            sums = Sums(
+                nats=jnp.where(counted, losses, 0).sum(),
+                tokens=counted.sum(dtype=jnp.float32),
+                bytes=jnp.where(counted, sizes, 0).sum(),
+                read=jnp.where(counted, read, 0).sum(),
+                resident=resident.max(),
+            )
+            return sums, cache
+
+        def take_one_by_one(
+            parameters: Any, cache: Cache, tokens: Array, targets: Array, count: Array
+        ) -> tuple[Sums, Cache]:
+            def step(cache: Cache, token: tuple[Array, Array, Array]) -> tuple[Cache, Sums]:
+                index, given, wanted = token
+                here = (index < count).astype(jnp.int32)
+                found, cache = take(parameters, cache, given[None, None], wanted[None, None], here)
+                return cache, found
+
+            index = jnp.arange(tokens.shape[1])
+            cache, found = jax.lax.scan(step, cache, (index, tokens[0], targets[0]))
+            total = jax.tree.map(jnp.sum, found)
+            return total._replace(resident=found.resident.max()), cache
+
+        kinds = [layers.kind for layers in self._shapes().layers]
+        single = any(kind.most_rows == 1 for kind in kinds)
+        self._take = jax.jit(take_one_by_one if single else take, donate_argnums=1)
+
+    def empty(self) -> Cache:
+        """Of one row."""
+        graph, _ = nnx.split(abstract_model(self._config))
+        # an empty cache needs no parameters
+        return nnx.merge(graph, _zeros(self._config)).empty_cache(1, self._chunk)
+
+    def take(
+        self, parameters: Any, cache: Cache, book: Book, first: int
+    ) -> tuple[Sums, Cache, int]:
+        """Takes a chunk of a text in; also gives where the next begins. The given cache is used up.
+
+        Nothing is predicted from a text's last token, which only a text after it may see.
+        """
+        last = min(first + self._chunk, len(book.tokens))
+        tokens, targets = (
+            np.pad(x, (0, self._chunk - len(x)), constant_values=fill)[None].astype(np.int32)
+            for x, fill in (
+                (book.tokens[first:last], 0),
+                (book.tokens[first + 1 : last + 1].astype(np.int64), -1),
+            )
+        )
+        sums, cache = self._take(parameters, cache, tokens, targets, jnp.int32(last - first))
+        return sums, cache, last
+
+    def compile(self, parameters: Any) -> None:
+        """Once, with nothing taken in."""
+        nothing = np.zeros((1, self._chunk), np.int32)
+        jax.block_until_ready(self._take(parameters, self.empty(), nothing, nothing, jnp.int32(0)))
+
+    def fingerprint(self, books: Sequence[Book], carry: bool) -> str:
+        """Of what a saved stream depends on."""
+        digest = hashlib.sha256(repr((self._config, self._chunk, carry)).encode())
+        for book in books:
+            digest.update(book.tokens.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def _shapes(self) -> Cache:
+        return jax.eval_shape(self.empty)
+
+
+def stream(
+    reader: Stream,
+    parameters: Any,
+    books: Sequence[Book],
+    *,
+    carry: bool = False,
+    state: Path | None = None,
+    save_every: int = 1000,
+) -> Iterator[tuple[Book, StreamResult]]:
+    """Yields each text with its result.
+
+    Args:
+      carry: a text is read with the cache that the one before it left; else with an empty one.
+      state: a file that the stream is kept in, and goes on from if it is there.
+      save_every: chunks after which it is kept, beside the end of each text.
+
+    Raises:
+      UserError: the file cannot be read or written, or is of another stream.
+    """
+    reader.compile(parameters)
+    cache, at = reader.empty(), _Place()
+    fingerprint = reader.fingerprint(books, carry)
+    if state is not None and state.exists():
+        cache, words = load_cache(state, cache)
+        if words.get("fingerprint") != fingerprint:
+            raise UserError(f"{state} is of other texts or settings; remove it, or name another")
+        at = _Place(**json.loads(words["place"]))
+    yield from zip(books, (_result(np.asarray(x)) for x in at.results), strict=False)
+
+    def keep() -> None:
+        if state is not None:
+            words = {"fingerprint": fingerprint, "place": json.dumps(dataclasses.asdict(at))}
+            save_cache(state, cache, words)
+
+    for book in books[len(at.results) :]:
+        begin, waiting, chunks = time.perf_counter() - at.seconds, [], 0
+        while at.first < len(book.tokens):
+            found, cache, first = reader.take(parameters, cache, book, at.first)
+            waiting.append(found)
+            at = dataclasses.replace(at, first=first)
+            chunks += 1
+            if chunks % save_every == 0:
+                # the device is waited for only here
+                sums, waiting = _added(at.sums, waiting), []
+                at = dataclasses.replace(at, sums=sums, seconds=time.perf_counter() - begin)
+                keep()
+        result = [*_added(at.sums, waiting), time.perf_counter() - begin]
+        at = _Place(results=[*at.results, result])
+        if not carry:
+            cache = reader.empty()
+        keep()
+        yield book, _result(np.asarray(result))
+
+
+def read_in_rows(
+    config: TransformerConfig,
+    parameters: Any,
+    byte_lengths: np.ndarray,
+    books: Sequence[Book],
+    length: int,
+) -> Iterator[tuple[Book, StreamResult]]:
+    """The same for a model that attends everything, in rows of `length` tokens, each on its own.
+
+    The last token of a row is the first of the next, so that every token but a text's first is
+    predicted once. It is what a model can do within the length that it was trained on.
+    """
+    dense = dataclasses.replace(config, attention=DenseAttention(), layer_attention={})
+    graph, _ = nnx.split(abstract_model(dense))
+    lengths = jnp.asarray(byte_lengths, jnp.float32)
+
+    @jax.jit
+    def sums(parameters: Any, tokens: Array, targets: Array) -> Sums:
+        model = nnx.merge(graph, parameters)
+        losses = token_losses(model(tokens), model.head(), jnp.maximum(targets, 0))
+        counted = targets >= 0
+        place = jnp.arange(1, length + 1, dtype=jnp.float32)
+        return Sums(
+            nats=jnp.where(counted, losses, 0).sum(),
+            tokens=counted.sum(dtype=jnp.float32),
+            bytes=jnp.where(counted, jnp.take(lengths, targets, mode="clip"), 0).sum(),
+            read=jnp.where(counted, place, 0).sum(),
+            resident=jnp.where(counted, place, 0).max(),
+        )
+
+    empty = np.full((_ROWS, length), -1, np.int32)
+    jax.block_until_ready(sums(parameters, np.maximum(empty, 0), empty))
+    for book in books:
+        begin = time.perf_counter()
+        inputs, targets = (x.astype(np.int64) for x in (book.tokens[:-1], book.tokens[1:]))
+        missing = -len(inputs) % (_ROWS * length)
+        inputs, targets = (
+            np.pad(x.astype(np.int32), (0, missing), constant_values=fill).reshape(
+                -1, _ROWS, length
+            )
+            for x, fill in ((inputs, 0), (targets, -1))
+        )
+        found = [sums(parameters, *part) for part in zip(inputs, targets, strict=True)]
+        parts = np.asarray(jax.device_get(found), np.float64)
+        total = [*parts[:, :4].sum(0), parts[:, 4].max(), time.perf_counter() - begin]
+        yield book, _result(np.asarray(total))
+
+
+def require_constant_memory(config: TransformerConfig) -> None:
+    """Refuses a model with a layer whose cache grows with the text.
+
+    Raises:
+      UserError: names the first such layer.
+    """
+    from seqeff.models.caches import kind_of
+
+    for layer, attention in enumerate(config.attentions()):
+        if kind_of(attention).grows:
+            raise UserError(
+                f"layer {layer} keeps every token ({type(attention).__name__}), so that memory "
+                "would grow with the text; give every layer a window, and bounded separators: "
+                "--gin.TransformerConfig.attention=@SeparatorAttention() "
+                "--gin.SeparatorAttention.separators=64 --gin.TransformerConfig.layer_attention={}"
+            )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stream is: the results of the texts before, and what is known of this one's."""
+
+    results: list[list[float]] = dataclasses.field(default_factory=list)
+    first: int = 0
+    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(Sums._fields))
+    seconds: float = 0.0
+
+
+def _added(sums: Sequence[float], found: Sequence[Sums]) -> list[float]:
+    """Sums, and the larger of what is resident."""
+    parts = np.asarray([sums, *jax.device_get(found)], np.float64)
+    return [*parts[:, :4].sum(0), parts[:, 4].max()]
+
+
+def _result(numbers: np.ndarray) -> StreamResult:
+    """From the sums and the seconds."""
+    nats, tokens, size, read, resident, seconds = numbers
+    return StreamResult(
+        Perplexity(nats=float(nats), tokens=int(tokens), bytes=int(size)),
+        seconds=float(seconds),
+        entries_read=float(read / max(tokens, 1)),
+        entries_resident=int(resident),
+    )
+
+
+def _used(
+    config: TransformerConfig, cache: Cache, tokens: Array, count: Array
+) -> tuple[Float[Array, "1 rows"], Float[Array, ""]]:
+    """Entries that each token reads, in the mean over the layers; the most that a layer holds."""
+    read, resident = jnp.zeros(()), jnp.zeros(())
+    for (_, first, end), layers in zip(config.runs(), cache.layers, strict=True):
+        step, state = layers.kind.begin(layers.state, tokens, count[None])
+        read += (end - first) / config.layers * layers.kind.read(step, tokens.shape[1])
+        resident = jnp.maximum(resident, layers.kind.resident(state).max().astype(jnp.float32))
+    return read, resident
+
+
+def _zeros(config: TransformerConfig) -> Any:
+    return nnx.split(abstract_model(config))[1]

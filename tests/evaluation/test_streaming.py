@@ -1,0 +1,228 @@
+"""Streams: the loss of whole texts, in memory that does not grow; stopping and going on."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_run import refused, seqeff
+
+from seqeff.checks import UserError
+from seqeff.evaluation import Book, Stream, read_in_rows, stream
+from seqeff.evaluation.comparison import methods, warning, without_separators
+from seqeff.models import (
+    DenseAttention,
+    FeedForward,
+    HeadProjections,
+    SeparatorAttention,
+    TransformerConfig,
+    token_losses,
+)
+from seqeff.models.positions import LearnedPositions
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+VOCABULARY, CHUNK = 31, 16
+ATTENTION = SeparatorAttention(
+    window=5, initial_tokens=2, separators=3, separator_ids=(3, 4, 5), positions="compact"
+)
+CONFIG = TransformerConfig(
+    vocabulary_size=VOCABULARY,
+    width=16,
+    layers=2,
+    projections=HeadProjections(heads=2),
+    feed_forward=FeedForward(hidden=16),
+    attention=ATTENTION,
+    dtype="float32",
+    attention_backend="reference",
+)
+SIZES = np.arange(VOCABULARY) % 4
+RANDOM = np.random.default_rng(0)
+BOOKS = [
+    Book(str(length), RANDOM.integers(0, VOCABULARY, length).astype(np.int32))
+    for length in (40, 3, 33)
+]
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return nnx.to_pure_dict(nnx.split(CONFIG.make(nnx.Rngs(0)))[1])
+
+
+def with_attention(**changes):
+    return dataclasses.replace(CONFIG, attention=dataclasses.replace(ATTENTION, **changes))
+
+
+def losses(config, parameters, tokens):
+    """Of every token but the first, from whole rows."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
+    model = nnx.merge(graph, parameters)
+    states = model(jnp.asarray(tokens[None, :-1]))
+    return np.asarray(token_losses(states, model.head(), jnp.asarray(tokens[None, 1:])))[0]
+
+
+def results(config, parameters, books=BOOKS, **options):
+    reader = Stream(config, SIZES, CHUNK)
+    return [result for _, result in stream(reader, parameters, books, **options)]
+
+
+def test_each_book_has_the_loss_of_the_whole(parameters):
+    for book, found in zip(BOOKS, results(CONFIG, parameters), strict=True):
+        expected = losses(CONFIG, parameters, book.tokens)
+        assert found.perplexity.nats == pytest.approx(expected.sum(), rel=1e-5)
+        assert found.perplexity.tokens == len(book.tokens) - 1
+        assert found.perplexity.bytes == SIZES[book.tokens[1:]].sum()
+        assert found.entries_resident <= 2 + 3 + 5
+
+
+def test_a_stream_goes_on_from_book_to_book(parameters):
+    whole = losses(CONFIG, parameters, np.concatenate([book.tokens for book in BOOKS]))
+    first = 0
+    for book, found in zip(BOOKS, results(CONFIG, parameters, carry=True), strict=True):
+        last = first + len(book.tokens)
+        # none from a book's last token to the next one's first
+        assert found.perplexity.nats == pytest.approx(whole[first : last - 1].sum(), rel=1e-5)
+        first = last
+
+
+def test_entries_are_those_of_the_published_equation(parameters):
+    """One token at a time, through the cache with a saw-tooth."""
+    published = dataclasses.replace(
+        CONFIG, attention=dataclasses.replace(ATTENTION, cache_entries=14)
+    )
+    (found,) = results(published, parameters, BOOKS[:1])
+    assert found.entries_resident == 14
+    assert 2 + 3 + 5 < found.entries_read < 14 + 1
+    # a limit that is never reached is dense attention
+    large = with_attention(cache_entries=99)
+    (found,) = results(large, parameters, BOOKS[:1])
+    dense = dataclasses.replace(CONFIG, attention=DenseAttention())
+    expected = losses(dense, parameters, BOOKS[0].tokens)
+    assert found.perplexity.nats == pytest.approx(expected.sum(), rel=1e-5)
+    assert found.entries_read == pytest.approx(20)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_stream_that_was_stopped_goes_on(carry, parameters, tmp_path, monkeypatch):
+    state = tmp_path / "kept" / "stream.safetensors"
+    expected = results(CONFIG, parameters, carry=carry)
+    reader = Stream(CONFIG, SIZES, CHUNK)
+    taken, take = [], reader.take
+
+    def break_off(*arguments):
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        taken.append(arguments[-1])
+        return take(*arguments)
+
+    monkeypatch.setattr(reader, "take", break_off)
+    options = {"carry": carry, "state": state, "save_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        list(stream(reader, parameters, BOOKS, **options))
+    monkeypatch.undo()
+    resumed = []
+    monkeypatch.setattr(
+        reader, "take", lambda *arguments: resumed.append(arguments[-1]) or take(*arguments)
+    )
+    found = [result for _, result in stream(reader, parameters, BOOKS, **options)]
+    # 40 tokens and 3 are done; of the last book's chunks, two are left
+    assert taken == [0, 16, 32, 0] and resumed == [0, 16, 32]
+    for one, other in zip(found, expected, strict=True):
+        assert one.perplexity.nats == pytest.approx(other.perplexity.nats, rel=1e-6)
+        assert one.perplexity.tokens == other.perplexity.tokens
+    # all of it is kept
+    monkeypatch.setattr(reader, "take", None)
+    again = [result for _, result in stream(reader, parameters, BOOKS, **options)]
+    assert again == found
+    with pytest.raises(UserError, match="is of other texts or settings; remove it"):
+        list(stream(reader, parameters, BOOKS[:2], **options))
+    other = with_attention(window=6)
+    with pytest.raises(UserError, match="another model or of other sizes; remove it"):
+        list(stream(Stream(other, SIZES, CHUNK), parameters, BOOKS, **options))
+    state.write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot read"):
+        list(stream(reader, parameters, BOOKS, **options))
+
+
+def test_rows_predict_every_token_once(parameters):
+    dense = dataclasses.replace(CONFIG, attention=DenseAttention())
+    for book, found in read_in_rows(CONFIG, parameters, SIZES, BOOKS, 10):
+        assert found.perplexity.tokens == len(book.tokens) - 1
+        expected = sum(
+            losses(dense, parameters, book.tokens[first : first + 11]).sum()
+            for first in range(0, len(book.tokens) - 1, 10)
+        )
+        assert found.perplexity.nats == pytest.approx(expected, rel=1e-5)
+        assert found.entries_resident == min(10, len(book.tokens) - 1)
+
+
+def test_streamingllm_has_as_many_entries():
+    streaming = without_separators(ATTENTION)
+    assert (streaming.window, streaming.initial_tokens) == (8, 2)
+    assert not streaming.keeps_separators
+    published = without_separators(dataclasses.replace(ATTENTION, cache_entries=14))
+    assert (published.window, published.cache_entries) == (12, 14)
+    found = methods(CONFIG)
+    assert list(found) == ["StreamingLLM", "SepLLM"]
+    assert set(found["StreamingLLM"].attentions()) == {streaming}
+    assert list(methods(found["StreamingLLM"])) == ["StreamingLLM"]
+
+
+def test_full_layers_are_refused():
+    mixed = dataclasses.replace(CONFIG, layer_attention={1: DenseAttention()})
+    with pytest.raises(UserError, match=r"layer 1 keeps every token \(DenseAttention\), so that"):
+        Stream(mixed, SIZES)
+    unbounded = dataclasses.replace(
+        CONFIG, attention=dataclasses.replace(ATTENTION, separators=None)
+    )
+    with pytest.raises(UserError, match="layer 0 keeps every token"):
+        Stream(unbounded, SIZES)
+
+
+def test_positions_past_training_are_warned_of():
+    absolute = with_attention(positions="absolute")
+    assert "positions go up to 40, in training up to 32" in warning(absolute, BOOKS, 32, False)
+    assert "positions go up to 76" in warning(absolute, BOOKS, 40, True)
+    assert not warning(absolute, BOOKS, 40, False)
+    assert not warning(CONFIG, BOOKS, 32, False)
+    learned = dataclasses.replace(absolute, positions=LearnedPositions(length=64))
+    assert not warning(learned, BOOKS, 32, False)
+
+
+BOUNDED = [
+    "--gin.TransformerConfig.attention=@SeparatorAttention()",
+    "--gin.SeparatorAttention.window=6",
+    "--gin.SeparatorAttention.separators=4",
+]
+
+
+def test_the_command(finished, tiny, tmp_path):
+    books = sorted((tiny.folder / "corpus").glob("*.txt"))[:3]
+    file = tmp_path / "streams.json"
+    command = ["eval", finished, "--streaming", *books, "--json", file, *BOUNDED]
+    result = seqeff(*command, "--carry", "--chunk", 16, "--state", tmp_path / "kept")
+    assert result.status == 0, result.errors
+    assert "warning: positions go up to" in result.errors
+    header, *lines = result.output.splitlines()
+    assert header.split()[:2] == ["method", "perplexity"]
+    assert [line[:22].strip() for line in lines] == ["dense, rows of 32", "StreamingLLM", "SepLLM"]
+    report = json.loads(file.read_text())
+    assert report["carry"] is True
+    assert len(report["results"]) == 9
+    by_method = {row["method"]: row for row in report["results"]}
+    assert by_method["SepLLM"]["entries_resident"] <= 3 + 4 + 6
+    assert by_method["StreamingLLM"]["entries_resident"] == 3 + 10
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+        "SepLLM.safetensors",
+        "StreamingLLM.safetensors",
+    }
+
+
+def test_bad_streams_are_one_line(finished, tmp_path):
+    book = tmp_path / "book.txt"
+    assert "layer 0 keeps every token" in refused("eval", finished, "--streaming", book)
+    assert "cannot read" in refused("eval", finished, "--streaming", book, *BOUNDED)
+    book.write_text("")
+    assert "is empty; leave it out" in refused("eval", finished, "--streaming", book, *BOUNDED)
