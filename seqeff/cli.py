@@ -264,7 +264,8 @@ def _stream(
     comparison.methods(model)
     books = comparison.read_books(tokenizer, options.streaming)
     length = config.data.sequence_length
-    if told := comparison.warning(model, books, length, options.carry):
+    longest = (sum if options.carry else max)(len(book.tokens) for book in books)
+    if told := comparison.warning(model, longest, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
     rows: dict[str, list[StreamResult]] = {}
@@ -293,7 +294,14 @@ def _stream(
 def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
-    from seqeff.inference import Generator, Sampling, check_prompt, decode_stream
+    from seqeff.evaluation.comparison import warning
+    from seqeff.inference import (
+        Generator,
+        Sampling,
+        check_prompt,
+        decode_stream,
+        generation_context,
+    )
 
     try:
         options.prompt.encode()
@@ -301,9 +309,12 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"the prompt is not valid text: {error}") from error
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
     run, config, tokenizer = _open(options, overrides)
-    context = config.data.sequence_length
+    model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
+    context = generation_context(model, length)
     prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt)]
     check_prompt(prompt, context)
+    if context is None and (told := warning(model, len(prompt) + options.tokens, length)):
+        print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
     generator = Generator(program.graph, tokenizer.vocabulary_size, context)
     with jax.set_mesh(program.mesh):

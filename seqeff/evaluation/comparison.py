@@ -117,9 +117,8 @@ def compare(
             yield name, book, result
 
 
-def warning(config: TransformerConfig, books: Sequence[Book], length: int, carry: bool) -> str:
-    """What is to be feared of positions that pass those of training; "" if nothing."""
-    longest = (sum if carry else max)(len(book.tokens) for book in books)
+def warning(config: TransformerConfig, longest: int, length: int) -> str:
+    """What to fear of a text of `longest` tokens after training on `length`; "" if nothing."""
     absolute = any(
         getattr(attention, "positions", "absolute") == "absolute"
         for attention in config.attentions()

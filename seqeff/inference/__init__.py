@@ -1,5 +1,11 @@
 """Sampling from a trained model."""
 
-from seqeff.inference.generate import Generator, Sampling, check_prompt, decode_stream
+from seqeff.inference.generate import (
+    Generator,
+    Sampling,
+    check_prompt,
+    decode_stream,
+    generation_context,
+)
 
-__all__ = ["Generator", "Sampling", "check_prompt", "decode_stream"]
+__all__ = ["Generator", "Sampling", "check_prompt", "decode_stream", "generation_context"]

@@ -14,9 +14,12 @@ from flax import nnx
 
 from seqeff.checks import UserError, check_types, require
 from seqeff.data import Tokenizer, TokenStream
-from seqeff.models import Cache
+from seqeff.models import Cache, LearnedPositions, TransformerConfig
+from seqeff.models.caches import kind_of
 
-_PREFILL_ROUNDING = 64
+# tokens of a prompt that are taken at a time, and a multiple that the last ones are filled up to
+_CHUNK = 512
+_ROUNDING = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +45,18 @@ class Sampling:
 
 
 class Generator:
-    """Generates from a model with a cache of a fixed size; each of its two steps compiles once."""
+    """Generates from a model with caches of a fixed size; its steps compile once a length.
 
-    def __init__(self, graph: nnx.GraphDef, vocabulary_size: int, context: int) -> None:
+    A prompt goes into the caches in chunks. Where they are of constant size, so is the memory that
+    a prompt of any length takes.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, vocabulary_size: int, context: int | None) -> None:
         """
         Args:
           vocabulary_size: the tokenizer's; ids past it are never drawn.
-          context: tokens that prompt and continuation may have together.
+          context: tokens that prompt and continuation may have together; None: any number, for
+            models whose caches do not grow.
         """
         self.context = context
         self._extend = jax.jit(
@@ -57,7 +65,7 @@ class Generator:
             donate_argnames=("cache",),
         )
         self._empty = jax.jit(
-            lambda parameters: nnx.merge(graph, parameters).empty_cache(1, context)
+            lambda parameters: nnx.merge(graph, parameters).empty_cache(1, context or 1)
         )
 
     def stream(
@@ -69,17 +77,19 @@ class Generator:
           UserError: see `check_prompt`.
         """
         check_prompt(prompt, self.context)
-        # rounding the prompt up keeps the number of compiled lengths small
-        padded = min(-len(prompt) % _PREFILL_ROUNDING + len(prompt), self.context)
-        ids = np.zeros((1, padded), np.int32)
-        ids[0, : len(prompt)] = prompt
         key = jax.random.key(sampling.seed)
         # a seed is no reason to compile again
         extend = functools.partial(
             self._extend, parameters, key=key, sampling=dataclasses.replace(sampling, seed=0)
         )
-        count = min(tokens, self.context - len(prompt))
-        token, cache = extend(jnp.asarray(ids), len(prompt), self._empty(parameters))
+        count = tokens if self.context is None else min(tokens, self.context - len(prompt))
+        token, cache = jnp.zeros(1, jnp.int32), self._empty(parameters)
+        for first in range(0, len(prompt), _CHUNK):
+            part = prompt[first : first + _CHUNK]
+            # rounding up keeps the number of compiled lengths small
+            ids = np.zeros((1, -(-len(part) // _ROUNDING) * _ROUNDING), np.int32)
+            ids[0, : len(part)] = part
+            token, cache = extend(jnp.asarray(ids), len(part), cache)
         for index in range(count):
             value = int(token[0])
             if value == stop:
@@ -89,11 +99,17 @@ class Generator:
                 token, cache = extend(token[:, None], 1, cache)
 
 
-def check_prompt(prompt: Sequence[int], context: int) -> None:
+def generation_context(config: TransformerConfig, length: int) -> int | None:
+    """Tokens that prompt and continuation may have: `length`, or any number in constant memory."""
+    grows = any(kind_of(attention).grows for attention in config.attentions())
+    return length if grows or isinstance(config.positions, LearnedPositions) else None
+
+
+def check_prompt(prompt: Sequence[int], context: int | None) -> None:
     """Raises a UserError if a prompt is empty, or leaves no room in the context."""
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
-    if len(prompt) >= context:
+    if context is not None and len(prompt) >= context:
         raise UserError(
             f"the prompt has {len(prompt)} tokens; the context of {context} leaves room for "
             f"{context - 1} before the first new one"

@@ -250,6 +250,7 @@ class Transformer(nnx.Module):
             attended from its beginning.
         """
         config = self.config
+        self._require_positions(tokens.shape[1])
         rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         index = rows if document_start is None else rows - document_start
         carried = config.positions.carry(tokens.shape[0])
@@ -331,9 +332,9 @@ class Transformer(nnx.Module):
         table = parameters.whole_rows(self.embedding[...])
         x = embed(table, tokens, jnp.dtype(config.dtype), config.embedding_gradient)
         if self.position_embedding is not None:
-            self._require_positions(tokens.shape[1])
             table = self.position_embedding[...]
-            x = x + jnp.take(table, located.embedded, axis=0).astype(x.dtype)
+            # tokens that are passed over may lie past the table
+            x = x + jnp.take(table, located.embedded, axis=0, mode="clip").astype(x.dtype)
         head_dim = config.projections.size(config.width)
         return x, config.positions.rotation(located.rotated, head_dim)
 

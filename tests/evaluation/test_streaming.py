@@ -183,12 +183,11 @@ def test_full_layers_are_refused():
 
 def test_positions_past_training_are_warned_of():
     absolute = with_attention(positions="absolute")
-    assert "positions go up to 40, in training up to 32" in warning(absolute, BOOKS, 32, False)
-    assert "positions go up to 76" in warning(absolute, BOOKS, 40, True)
-    assert not warning(absolute, BOOKS, 40, False)
-    assert not warning(CONFIG, BOOKS, 32, False)
+    assert "positions go up to 40, in training up to 32" in warning(absolute, 40, 32)
+    assert not warning(absolute, 40, 40)
+    assert not warning(CONFIG, 40, 32)
     learned = dataclasses.replace(absolute, positions=LearnedPositions(length=64))
-    assert not warning(learned, BOOKS, 32, False)
+    assert not warning(learned, 40, 32)
 
 
 BOUNDED = [

@@ -145,3 +145,22 @@ def test_what_cannot_be_generated(finished, no_devices, options, expected):
 def test_a_checkpoint_that_does_not_exist(finished):
     line = refused("generate", finished, "--prompt", "a", "--checkpoint", 7)
     assert "no checkpoint of step 7; it has 20, 24" in line
+
+
+def test_a_prompt_of_any_length_where_caches_do_not_grow(finished):
+    """Longer than the row of training, in chunks: what follows is what the model says."""
+    bounded = [
+        "--gin.TransformerConfig.attention=@SeparatorAttention()",
+        "--gin.SeparatorAttention.window=9",
+        "--gin.SeparatorAttention.separators=3",
+    ]
+    prompt = "the cat sat on a big red mat. " * 90
+    command = ["generate", finished, "--prompt", prompt, "--tokens", 5, "--temperature", 0]
+    result = seqeff(*command, *bounded, "--gin.SeparatorAttention.positions=compact")
+    assert result.status == 0, result.errors
+    assert result.output.startswith(prompt) and len(result.output) > len(prompt) + 1
+    assert not result.errors
+    result = seqeff(*command, *bounded)
+    assert result.status == 0, result.errors
+    assert "warning: positions go up to" in result.errors
+    assert "leaves room for" in refused(*command)
