@@ -13,7 +13,12 @@ FILES = sorted(
     path for folder in ("configs", "experiments") for path in (REPOSITORY / folder).rglob("*.gin")
 )
 # parts of other configs; they hold no model of their own
-FRAGMENTS = {"configs/bench/speed.gin", "configs/train/small_run.gin"}
+FRAGMENTS = {
+    "configs/bench/speed.gin",
+    "configs/sepllm/recipe.gin",
+    "configs/sepllm/small_recipe.gin",
+    "configs/train/small_run.gin",
+}
 
 
 def name(path):
