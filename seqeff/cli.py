@@ -246,7 +246,8 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     print(
         f"loss {result.loss:.4f}\nperplexity {result.perplexity:.2f}\n"
-        f"bits per byte {result.bits_per_byte:.4f}\ntokens {result.tokens}\nbytes {result.bytes}"
+        f"bits per byte {result.bits_per_byte:.4f}\ntokens {result.tokens}\nbytes {result.bytes}\n"
+        f"entries read {result.entries_read:.1f}\nentries resident {result.resident}"
     )
     return 0
 

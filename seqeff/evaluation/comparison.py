@@ -136,6 +136,5 @@ def line(method: str, result: StreamResult) -> str:
     found, speed = result.perplexity, result.perplexity.tokens / max(result.seconds, 1e-9)
     return (
         f"{method:22}{found.perplexity:11.2f}{found.bits_per_byte:10.4f}{found.tokens:11,}"
-        f"{result.seconds:9.1f}{speed:10,.0f}{result.entries_read:14.1f}"
-        f"{result.entries_resident:9,}"
+        f"{result.seconds:9.1f}{speed:10,.0f}{found.entries_read:14.1f}{found.resident:9,}"
     )

@@ -11,18 +11,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from seqeff.data import Batch
 from seqeff.models import token_losses
+from seqeff.models.flops import entries_of_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Totals over the evaluated tokens: `nats` of loss, `tokens` predicted, UTF-8 `bytes`."""
+    """Totals over the evaluated tokens.
+
+    Attributes:
+      nats: of loss.
+      tokens: predicted.
+      bytes: of their text in UTF-8.
+      read: entries that they attend in a layer, themselves included, in the mean over the layers.
+      resident: most entries that a layer has to hold for one of them.
+    """
 
     nats: float
     tokens: int
     bytes: int
+    read: float = 0.0
+    resident: int = 0
+
+    @classmethod
+    def of(cls, parts: Float[np.ndarray, "parts 5"]) -> Perplexity:
+        """From rows of the attributes, in their order."""
+        nats, tokens, size, read = parts[:, :4].sum(0)
+        resident = parts[:, 4].max(initial=0)
+        return cls(float(nats), int(tokens), int(size), float(read), int(resident))
 
     @property
     def loss(self) -> float:
@@ -38,6 +57,11 @@ class Perplexity:
         """Bits a byte of text; end-of-text tokens cost bits and carry no bytes."""
         return self.nats / math.log(2) / max(self.bytes, 1)
 
+    @property
+    def entries_read(self) -> float:
+        """Entries a token and layer."""
+        return self.read / max(self.tokens, 1)
+
     def as_metrics(self) -> dict[str, float]:
         return {
             "loss": self.loss,
@@ -45,6 +69,8 @@ class Perplexity:
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
             "bytes": self.bytes,
+            "entries_read": self.entries_read,
+            "entries_resident": self.resident,
         }
 
 
@@ -63,14 +89,15 @@ def make_evaluate(
         model = nnx.merge(graph, parameters)
         hidden = model(batch.tokens, batch.document_start)
         losses = token_losses(hidden, model.head(), batch.targets)
-        counted = (batch.loss_weights > 0).astype(jnp.float32)
+        counted = batch.loss_weights > 0
         sizes = jnp.take(lengths, batch.targets, mode="clip")
-        return jnp.stack([jnp.sum(counted * losses), jnp.sum(counted), jnp.sum(counted * sizes)])
+        read, most = entries_of_tokens(model.config, batch.tokens, batch.document_start)
+        totals = [jnp.where(counted, x, 0).sum() for x in (losses, counted, sizes, read)]
+        return jnp.stack([*totals, jnp.where(counted, most, 0).max()])
 
     def evaluate(parameters: Any, batches: Iterable[Batch]) -> Perplexity:
         # the next batch is on its way while the last one computes
         parts = [sums(parameters, batch) for batch in batches]
-        nats, tokens, size = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
-        return Perplexity(nats=float(nats), tokens=int(tokens), bytes=int(size))
+        return Perplexity.of(np.asarray(jax.device_get(parts), np.float64))
 
     return evaluate

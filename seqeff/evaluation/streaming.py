@@ -47,44 +47,29 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamResult:
-    """What a text costs.
-
-    Attributes:
-      seconds: on the clock, compilation not included.
-      entries_read: that a token attends in a layer, itself included, in the mean.
-      entries_resident: that a layer holds, at most.
-    """
+    """What a text costs; `seconds` are on the clock, compilation not included."""
 
     perplexity: Perplexity
     seconds: float
-    entries_read: float
-    entries_resident: int
+
+    @classmethod
+    def of(cls, parts: Float[np.ndarray, "parts 6"]) -> StreamResult:
+        """From rows of the attributes of `Perplexity`, and the seconds."""
+        return cls(Perplexity.of(parts[:, :5]), float(parts[:, 5].sum()))
 
     @classmethod
     def total(cls, results: Iterable[StreamResult]) -> StreamResult:
         """Of several texts."""
-        parts = list(results)
-        tokens = sum(part.perplexity.tokens for part in parts)
-        return cls(
-            Perplexity(
-                nats=sum(part.perplexity.nats for part in parts),
-                tokens=tokens,
-                bytes=sum(part.perplexity.bytes for part in parts),
-            ),
-            seconds=sum(part.seconds for part in parts),
-            entries_read=sum(part.entries_read * part.perplexity.tokens for part in parts)
-            / max(tokens, 1),
-            entries_resident=max((part.entries_resident for part in parts), default=0),
-        )
+        parts = [(*dataclasses.astuple(part.perplexity), part.seconds) for part in results]
+        return cls.of(np.asarray(parts, np.float64))
 
     def as_metrics(self) -> dict[str, float]:
         """For reports."""
+        speed = self.perplexity.tokens / max(self.seconds, 1e-9)
         return {
             **self.perplexity.as_metrics(),
             "seconds": self.seconds,
-            "tokens_per_second": self.perplexity.tokens / max(self.seconds, 1e-9),
-            "entries_read": self.entries_read,
-            "entries_resident": self.entries_resident,
+            "tokens_per_second": speed,
         }
 
 
@@ -216,7 +201,7 @@ def stream(
         if words.get("fingerprint") != fingerprint:
             raise UserError(f"{state} is of other texts or settings; remove it, or name another")
         at = _Place(**json.loads(words["place"]))
-    yield from zip(books, (_result(np.asarray(x)) for x in at.results), strict=False)
+    yield from zip(books, (StreamResult.of(np.asarray([x])) for x in at.results), strict=False)
 
     def keep() -> None:
         if state is not None:
@@ -240,7 +225,7 @@ def stream(
         if not carry:
             cache = reader.empty()
         keep()
-        yield book, _result(np.asarray(result))
+        yield book, StreamResult.of(np.asarray([result]))
 
 
 def read_in_rows(
@@ -286,9 +271,8 @@ def read_in_rows(
             for x, fill in ((inputs, 0), (targets, -1))
         )
         found = [sums(parameters, *part) for part in zip(inputs, targets, strict=True)]
-        parts = np.asarray(jax.device_get(found), np.float64)
-        total = [*parts[:, :4].sum(0), parts[:, 4].max(), time.perf_counter() - begin]
-        yield book, _result(np.asarray(total))
+        perplexity = Perplexity.of(np.asarray(jax.device_get(found), np.float64))
+        yield book, StreamResult(perplexity, time.perf_counter() - begin)
 
 
 def require_constant_memory(config: TransformerConfig) -> None:
@@ -323,17 +307,6 @@ def _added(sums: Sequence[float], found: Sequence[Sums]) -> list[float]:
     """Sums, and the larger of what is resident."""
     parts = np.asarray([sums, *jax.device_get(found)], np.float64)
     return [*parts[:, :4].sum(0), parts[:, 4].max()]
-
-
-def _result(numbers: np.ndarray) -> StreamResult:
-    """From the sums and the seconds."""
-    nats, tokens, size, read, resident, seconds = numbers
-    return StreamResult(
-        Perplexity(nats=float(nats), tokens=int(tokens), bytes=int(size)),
-        seconds=float(seconds),
-        entries_read=float(read / max(tokens, 1)),
-        entries_resident=int(resident),
-    )
 
 
 def _used(

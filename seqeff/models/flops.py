@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from seqeff.models.attention.protocol import Heads
 from seqeff.models.transformer import Transformer, TransformerConfig
@@ -31,26 +31,36 @@ def matmul_parameters(config: TransformerConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in matrices) + config.vocabulary_size * config.width
 
 
+def entries_of_tokens(
+    config: TransformerConfig,
+    tokens: Int[Array, "batch length"],
+    document_start: Int[Array, "batch length"] | None,
+) -> tuple[Float[Array, "batch length"], Float[Array, "batch length"]]:
+    """Entries that each token attends, itself included: mean over the layers, and the most."""
+    empty = jnp.zeros((*tokens.shape, 1, 1), jnp.float32)
+    heads = Heads(empty, empty, empty, turn=lambda x, _: x)
+    mean, most = (jnp.zeros(tokens.shape, jnp.float32) for _ in range(2))
+    for attention, first, end in config.runs():
+        entries = jnp.zeros(tokens.shape, jnp.float32)
+        for source in attention.sources(attention.plan(tokens, document_start), heads, 0):
+            start, stop = source.bounds(tokens.shape[1])
+            entries += jnp.maximum(stop - start, 0)[:, 0]
+        mean += (end - first) / config.layers * entries
+        most = jnp.maximum(most, entries)
+    return mean, most
+
+
 def attended_entries(
     config: TransformerConfig,
     tokens: Int[Array, "batch length"],
     document_start: Int[Array, "batch length"] | None,
 ) -> float:
     """Mean number of entries that a token attends, summed over the layers, for given tokens."""
-    batch, length = tokens.shape
-    empty = jnp.zeros((batch, length, 1, 1), jnp.float32)
-    heads = Heads(empty, empty, empty, turn=lambda x, _: x)
 
     @jax.jit
     def count(tokens: jax.Array, document_start: jax.Array | None) -> jax.Array:
-        total = jnp.zeros((), jnp.float32)
-        for attention, first, end in config.runs():
-            plan = attention.plan(tokens, document_start)
-            for source in attention.sources(plan, heads, 0):
-                start, stop = source.bounds(length)
-                entries = jnp.maximum(stop - start, 0).astype(jnp.float32)
-                total += (end - first) * jnp.mean(entries)
-        return total
+        mean, _ = entries_of_tokens(config, tokens, document_start)
+        return config.layers * mean.mean()
 
     return float(count(tokens, document_start))
 

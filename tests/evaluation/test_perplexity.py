@@ -44,7 +44,7 @@ def test_sums_are_those_of_a_loop_over_tokens(tiny):
         batches.append(Batch(tokens[:, :-1], tokens[:, 1:], weights, None))
     result = make_evaluate(graph, lengths)(parameters, batches)
 
-    nats, tokens, size = 0.0, 0, 0
+    nats, tokens, size, read = 0.0, 0, 0, 0
     for batch in batches:
         scores = scores_of(model, batch.tokens)
         for row, place in zip(*np.nonzero(batch.loss_weights), strict=True):
@@ -52,8 +52,10 @@ def test_sums_are_those_of_a_loop_over_tokens(tiny):
             nats -= float(scores[row, place, target])
             tokens += 1
             size += int(lengths[target])
+            read += place + 1
     assert (result.tokens, result.bytes) == (tokens, size)
     assert result.nats == pytest.approx(nats, rel=1e-5)
+    assert (result.read, result.resident) == (read, 17)
 
 
 def test_eval_repeats_the_runs_last_validation(finished):
@@ -66,6 +68,8 @@ def test_eval_repeats_the_runs_last_validation(finished):
     assert printed["bits per byte"] == f"{line['validation/bits_per_byte']:.4f}"
     assert printed["tokens"] == str(line["validation/tokens"])
     assert printed["bytes"] == str(line["validation/bytes"])
+    assert printed["entries read"] == f"{line['validation/entries_read']:.1f}"
+    assert printed["entries resident"] == str(line["validation/entries_resident"])
 
 
 def test_an_earlier_checkpoint_and_fewer_batches(finished):

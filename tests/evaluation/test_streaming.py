@@ -74,7 +74,7 @@ def test_each_book_has_the_loss_of_the_whole(parameters):
         assert found.perplexity.nats == pytest.approx(expected.sum(), rel=1e-5)
         assert found.perplexity.tokens == len(book.tokens) - 1
         assert found.perplexity.bytes == SIZES[book.tokens[1:]].sum()
-        assert found.entries_resident <= 2 + 3 + 5
+        assert found.perplexity.resident <= 2 + 3 + 5
 
 
 def test_a_stream_goes_on_from_book_to_book(parameters):
@@ -93,15 +93,15 @@ def test_entries_are_those_of_the_published_equation(parameters):
         CONFIG, attention=dataclasses.replace(ATTENTION, cache_entries=14)
     )
     (found,) = results(published, parameters, BOOKS[:1])
-    assert found.entries_resident == 14
-    assert 2 + 3 + 5 < found.entries_read < 14 + 1
+    assert found.perplexity.resident == 14
+    assert 2 + 3 + 5 < found.perplexity.entries_read < 14 + 1
     # a limit that is never reached is dense attention
     large = with_attention(cache_entries=99)
     (found,) = results(large, parameters, BOOKS[:1])
     dense = dataclasses.replace(CONFIG, attention=DenseAttention())
     expected = losses(dense, parameters, BOOKS[0].tokens)
     assert found.perplexity.nats == pytest.approx(expected.sum(), rel=1e-5)
-    assert found.entries_read == pytest.approx(20)
+    assert found.perplexity.entries_read == pytest.approx(20)
 
 
 @pytest.mark.parametrize("carry", [False, True])
@@ -155,7 +155,7 @@ def test_rows_predict_every_token_once(parameters):
             for first in range(0, len(book.tokens) - 1, 10)
         )
         assert found.perplexity.nats == pytest.approx(expected, rel=1e-5)
-        assert found.entries_resident == min(10, len(book.tokens) - 1)
+        assert found.perplexity.resident == min(10, len(book.tokens) - 1)
 
 
 def test_streamingllm_has_as_many_entries():
