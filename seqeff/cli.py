@@ -88,13 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
     text = "read these texts as streams, in constant memory, with and without separators"
     evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
-    text = "streams go on from book to book (default: each begins anew)"
+    text = "with --streaming: besides, streams that go on from book to book"
     evaluate.add_argument("--carry", action="store_true", help=text)
-    text = "tokens that a stream takes at a time (default: 512)"
-    evaluate.add_argument("--chunk", type=_positive, default=512, help=text)
-    text = "keep the streams in this folder, and go on from there"
+    text = "with --streaming: a line for each book too"
+    evaluate.add_argument("--per-book", action="store_true", help=text)
+    text = "with --streaming: tokens taken at a time (default: 512)"
+    evaluate.add_argument("--chunk", type=_positive, help=text)
+    text = "with --streaming: keep the streams in this folder, and go on from there"
     evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
-    evaluate.add_argument("--json", type=Path, help="write the streams' results to this file")
+    text = "with --streaming: write the results to this file"
+    evaluate.add_argument("--json", type=Path, help=text)
     _add_checkpoint(evaluate)
 
     generate = command("generate", _generate, "Continue a prompt with a run's model.", True)
@@ -232,6 +235,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.data import place, prepare_validation
     from seqeff.evaluation import make_evaluate
 
+    _check_evaluation(options)
     run, config, tokenizer = _open(options, overrides)
     if options.streaming:
         return _stream(options, run, config, tokenizer)
@@ -252,18 +256,31 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _check_evaluation(options: argparse.Namespace) -> None:
+    """Refuses options that would do nothing."""
+    if options.streaming and options.batches:
+        raise UserError("--batches is of held-out documents; leave it out with --streaming")
+    for name in ("carry", "per_book", "chunk", "state", "json"):
+        if getattr(options, name) and not options.streaming:
+            raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
+
+
 def _stream(
     options: argparse.Namespace, run: RunDirectory, config: training.Train, tokenizer: Tokenizer
 ) -> int:
     import jax
 
     from seqeff.bench.report import write_report
-    from seqeff.evaluation import StreamResult, comparison
+    from seqeff.evaluation import Stream, StreamResult, comparison, require_positions
     from seqeff.training.program import run_model
 
-    model = run_model(config, tokenizer.vocabulary())
-    comparison.methods(model)
+    model, sizes = run_model(config, tokenizer.vocabulary()), tokenizer.byte_lengths()
+    streams = {
+        name: Stream(variant, sizes, options.chunk or 512)
+        for name, variant in comparison.methods(model).items()
+    }
     books = comparison.read_books(tokenizer, options.streaming)
+    require_positions(model, books, options.carry)
     length = config.data.sequence_length
     longest = (sum if options.carry else max)(len(book.tokens) for book in books)
     if told := comparison.warning(model, longest, length):
@@ -274,19 +291,20 @@ def _stream(
     print(comparison.HEADER, flush=True)
     with jax.set_mesh(program.mesh):
         for method, book, result in comparison.compare(
-            program.model,
+            streams,
             parameters,
             tokenizer,
             books,
             length=length,
-            chunk=options.chunk,
             carry=options.carry,
             state=options.state,
         ):
             found = rows.setdefault(method, [])
             found.append(result)
             results.append({"method": method, "book": book.name, **result.as_metrics()})
-            write_report(options.json, "streaming", results, {"carry": options.carry})
+            write_report(options.json, "streaming", results)
+            if options.per_book:
+                print(comparison.line(f"  {book.name}"[:21], result), flush=True)
             if len(found) == len(books):
                 print(comparison.line(method, StreamResult.total(found)), flush=True)
     return 0
@@ -317,7 +335,7 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if context is None and (told := warning(model, len(prompt) + options.tokens, length)):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
-    generator = Generator(program.graph, tokenizer.vocabulary_size, context)
+    generator = Generator(program.model, tokenizer.vocabulary_size, context)
     with jax.set_mesh(program.mesh):
         ids = generator.stream(parameters, prompt, options.tokens, sampling, tokenizer.end_of_text)
         print(options.prompt, end="", flush=True)

@@ -7,6 +7,7 @@ from seqeff.evaluation.streaming import (
     StreamResult,
     read_in_rows,
     require_constant_memory,
+    require_positions,
     stream,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "make_evaluate",
     "read_in_rows",
     "require_constant_memory",
+    "require_positions",
     "stream",
 ]

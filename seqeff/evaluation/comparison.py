@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,8 @@ import numpy as np
 
 from seqeff.checks import UserError
 from seqeff.data import Tokenizer
-from seqeff.evaluation.streaming import (
-    Book,
-    Stream,
-    StreamResult,
-    read_in_rows,
-    require_constant_memory,
-    stream,
-)
+from seqeff.evaluation.streaming import Book, Stream, StreamResult, read_in_rows, stream
 from seqeff.models import SeparatorAttention, TransformerConfig
-from seqeff.models.positions import Rotary
 
 HEADER = (
     f"{'method':22}{'perplexity':>11}{'bits/byte':>10}{'tokens':>11}{'seconds':>9}{'tokens/s':>10}"
@@ -48,19 +41,15 @@ def read_books(tokenizer: Tokenizer, files: Sequence[Path]) -> list[Book]:
 
 
 def methods(config: TransformerConfig) -> dict[str, TransformerConfig]:
-    """The model's streams by name: its own and, with separators, StreamingLLM of as many entries.
-
-    Raises:
-      UserError: a layer's memory would grow with the text.
-    """
-    require_constant_memory(config)
+    """The model's own stream by its name, and with separators StreamingLLM of as many entries."""
     own = [a for a in config.attentions() if isinstance(a, SeparatorAttention)]
-    if not any(attention.keeps_separators for attention in own):
+    if not any(attention.might_keep for attention in own):
         return {"StreamingLLM" if own else "own attention": config}
     streaming = {
         layer: without_separators(attention)
-        for layer, attention in enumerate(config.attentions())
         if isinstance(attention, SeparatorAttention)
+        else attention
+        for layer, attention in enumerate(config.attentions())
     }
     return {
         "StreamingLLM": dataclasses.replace(config, layer_attention=streaming),
@@ -85,45 +74,48 @@ def without_separators(attention: SeparatorAttention) -> SeparatorAttention:
 
 
 def compare(
-    config: TransformerConfig,
+    streams: Mapping[str, Stream],
     parameters: Any,
     tokenizer: Tokenizer,
     books: Sequence[Book],
     *,
     length: int,
-    chunk: int,
     carry: bool,
     state: Path | None,
 ) -> Iterator[tuple[str, Book, StreamResult]]:
     """Yields, method by method, each text's result.
 
     Args:
+      streams: by their names.
       length: that the model was trained on, for the rows of the one without a stream.
-      chunk: tokens that a stream takes at a time.
-      carry: streams go on from text to text.
+      carry: besides, streams go on from text to text.
       state: a folder that the streams are kept in.
 
     Raises:
-      UserError: a layer's memory would grow with the text.
+      UserError: a stream that was kept cannot be read, or is another one.
     """
+    config = next(iter(streams.values())).config
     sizes = tokenizer.byte_lengths()
-    streams = methods(config)
     for book, result in read_in_rows(config, parameters, sizes, books, length):
         yield f"dense, rows of {length}", book, result
-    for name, variant in streams.items():
-        reader = Stream(variant, sizes, chunk)
-        kept = None if state is None else state / f"{name.replace(' ', '-')}.safetensors"
-        for book, result in stream(reader, parameters, books, carry=carry, state=kept):
-            yield name, book, result
+    for carried in (False, True) if carry else (False,):
+        for name, reader in streams.items():
+            method = f"{name}, carried" if carried else name
+            file = re.sub(r"\W+", "-", method) + ".safetensors"
+            kept = None if state is None else state / file
+            for book, result in stream(reader, parameters, books, carry=carried, state=kept):
+                yield method, book, result
 
 
 def warning(config: TransformerConfig, longest: int, length: int) -> str:
     """What to fear of a text of `longest` tokens after training on `length`; "" if nothing."""
-    absolute = any(
-        getattr(attention, "positions", "absolute") == "absolute"
+    far = any(
+        isinstance(attention, SeparatorAttention)
+        and attention.positions == "absolute"
+        and (attention.initial_tokens or attention.might_keep)
         for attention in config.attentions()
     )
-    if longest <= length or not absolute or not isinstance(config.positions, Rotary):
+    if longest <= length or not far or not config.positions.by_place:
         return ""
     return (
         f"warning: positions go up to {longest:,}, in training up to {length:,}, past which "

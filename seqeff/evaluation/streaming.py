@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -19,9 +20,18 @@ from jaxtyping import Array, Float, Int
 
 from seqeff.checks import UserError
 from seqeff.evaluation.perplexity import Perplexity
-from seqeff.models import Cache, DenseAttention, TransformerConfig, token_losses
+from seqeff.models import (
+    Cache,
+    CachedTransformer,
+    DenseAttention,
+    TransformerConfig,
+    cached_parameters,
+    empty_cache,
+    token_losses,
+)
+from seqeff.models.caches import kind_of
 from seqeff.models.caches.files import load_cache, save_cache
-from seqeff.models.flops import abstract_model
+from seqeff.models.flops import abstract_model, entries_of_cache
 
 _CHUNK = 512
 # rows that the model without a stream reads at a time
@@ -93,52 +103,16 @@ class Stream:
           UserError: a layer's cache would grow with the text.
         """
         require_constant_memory(config)
-        self._config, self._chunk = config, chunk
-        graph, _ = nnx.split(abstract_model(config))
-        lengths = jnp.asarray(byte_lengths, jnp.float32)
-
-        def take(
-            parameters: Any, cache: Cache, tokens: Array, targets: Array, count: Array
-        ) -> tuple[Sums, Cache]:
-            model = nnx.merge(graph, parameters)
-            real = jnp.arange(tokens.shape[1]) < count
-            counted = real & (targets >= 0)
-            read, resident = _used(config, cache, tokens, count)
-            hidden, cache = model.extend(tokens, cache, count[None])
-            losses = token_losses(hidden, model.head(), jnp.maximum(targets, 0))
-            sizes = jnp.take(lengths, targets, mode="clip")
-            sums = Sums(
-                nats=jnp.where(counted, losses, 0).sum(),
-                tokens=counted.sum(dtype=jnp.float32),
-                bytes=jnp.where(counted, sizes, 0).sum(),
-                read=jnp.where(counted, read, 0).sum(),
-                resident=resident.max(),
-            )
-            return sums, cache
-
-        def take_one_by_one(
-            parameters: Any, cache: Cache, tokens: Array, targets: Array, count: Array
-        ) -> tuple[Sums, Cache]:
-            def step(cache: Cache, token: tuple[Array, Array, Array]) -> tuple[Cache, Sums]:
-                index, given, wanted = token
-                here = (index < count).astype(jnp.int32)
-                found, cache = take(parameters, cache, given[None, None], wanted[None, None], here)
-                return cache, found
-
-            index = jnp.arange(tokens.shape[1])
-            cache, found = jax.lax.scan(step, cache, (index, tokens[0], targets[0]))
-            total = jax.tree.map(jnp.sum, found)
-            return total._replace(resident=found.resident.max()), cache
-
-        kinds = [layers.kind for layers in self._shapes().layers]
-        single = any(kind.most_rows == 1 for kind in kinds)
-        self._take = jax.jit(take_one_by_one if single else take, donate_argnums=1)
+        self.config, self._chunk = config, chunk
+        self._take = jax.jit(functools.partial(_take, config, byte_lengths), donate_argnums=1)
 
     def empty(self) -> Cache:
-        """Of one row."""
-        graph, _ = nnx.split(abstract_model(self._config))
-        # an empty cache needs no parameters
-        return nnx.merge(graph, _zeros(self._config)).empty_cache(1, self._chunk)
+        """Of one row; no text is too long for it."""
+        return empty_cache(self.config, 1, 1)
+
+    def parameters(self, parameters: Any) -> Any:
+        """What `take` wants of a model's parameters."""
+        return jax.jit(functools.partial(cached_parameters, self.config))(parameters)
 
     def take(
         self, parameters: Any, cache: Cache, book: Book, first: int
@@ -163,15 +137,15 @@ class Stream:
         nothing = np.zeros((1, self._chunk), np.int32)
         jax.block_until_ready(self._take(parameters, self.empty(), nothing, nothing, jnp.int32(0)))
 
-    def fingerprint(self, books: Sequence[Book], carry: bool) -> str:
+    def fingerprint(self, parameters: Any, books: Sequence[Book], carry: bool) -> str:
         """Of what a saved stream depends on."""
-        digest = hashlib.sha256(repr((self._config, self._chunk, carry)).encode())
+        facts = (self.config, self._chunk, carry, [len(book.tokens) for book in books])
+        digest = hashlib.sha256(repr(facts).encode())
+        for leaf in jax.tree.leaves(jax.jit(_checksums)(parameters)):
+            digest.update(int(leaf).to_bytes(4, "little"))
         for book in books:
             digest.update(book.tokens.astype("<i4").tobytes())
         return digest.hexdigest()
-
-    def _shapes(self) -> Cache:
-        return jax.eval_shape(self.empty)
 
 
 def stream(
@@ -186,20 +160,26 @@ def stream(
     """Yields each text with its result.
 
     Args:
+      parameters: of the `Transformer`.
       carry: a text is read with the cache that the one before it left; else with an empty one.
       state: a file that the stream is kept in, and goes on from if it is there.
       save_every: chunks after which it is kept, beside the end of each text.
 
     Raises:
       UserError: the file cannot be read or written, or is of another stream.
+      ConfigError: the positions' table is shorter than a text.
     """
+    require_positions(reader.config, books, carry)
+    fingerprint = "" if state is None else reader.fingerprint(parameters, books, carry)
+    parameters = reader.parameters(parameters)
     reader.compile(parameters)
     cache, at = reader.empty(), _Place()
-    fingerprint = reader.fingerprint(books, carry)
     if state is not None and state.exists():
         cache, words = load_cache(state, cache)
         if words.get("fingerprint") != fingerprint:
-            raise UserError(f"{state} is of other texts or settings; remove it, or name another")
+            raise UserError(
+                f"{state} is of other texts, parameters or settings; remove it, or name another"
+            )
         at = _Place(**json.loads(words["place"]))
     yield from zip(books, (StreamResult.of(np.asarray([x])) for x in at.results), strict=False)
 
@@ -220,6 +200,8 @@ def stream(
                 sums, waiting = _added(at.sums, waiting), []
                 at = dataclasses.replace(at, sums=sums, seconds=time.perf_counter() - begin)
                 keep()
+                # the reading alone is timed
+                begin = time.perf_counter() - at.seconds
         result = [*_added(at.sums, waiting), time.perf_counter() - begin]
         at = _Place(results=[*at.results, result])
         if not carry:
@@ -262,13 +244,13 @@ def read_in_rows(
     jax.block_until_ready(sums(parameters, np.maximum(empty, 0), empty))
     for book in books:
         begin = time.perf_counter()
-        inputs, targets = (x.astype(np.int64) for x in (book.tokens[:-1], book.tokens[1:]))
-        missing = -len(inputs) % (_ROWS * length)
+        predicted, step = len(book.tokens) - 1, _ROWS * length
+        missing = max(-(-predicted // step), 1) * step - predicted
         inputs, targets = (
             np.pad(x.astype(np.int32), (0, missing), constant_values=fill).reshape(
                 -1, _ROWS, length
             )
-            for x, fill in ((inputs, 0), (targets, -1))
+            for x, fill in ((book.tokens[:-1], 0), (book.tokens[1:], -1))
         )
         found = [sums(parameters, *part) for part in zip(inputs, targets, strict=True)]
         perplexity = Perplexity.of(np.asarray(jax.device_get(found), np.float64))
@@ -281,16 +263,19 @@ def require_constant_memory(config: TransformerConfig) -> None:
     Raises:
       UserError: names the first such layer.
     """
-    from seqeff.models.caches import kind_of
-
     for layer, attention in enumerate(config.attentions()):
         if kind_of(attention).grows:
             raise UserError(
                 f"layer {layer} keeps every token ({type(attention).__name__}), so that memory "
                 "would grow with the text; give every layer a window, and bounded separators: "
-                "--gin.TransformerConfig.attention=@SeparatorAttention() "
+                "--gin.TransformerConfig.attention='@SeparatorAttention()' "
                 "--gin.SeparatorAttention.separators=64 --gin.TransformerConfig.layer_attention={}"
             )
+
+
+def require_positions(config: TransformerConfig, books: Sequence[Book], carry: bool) -> None:
+    """Raises a ConfigError if the positions' table is shorter than a text, or than all of them."""
+    config.require_positions((sum if carry else max)(len(book.tokens) for book in books))
 
 
 @dataclass(frozen=True)
@@ -309,17 +294,37 @@ def _added(sums: Sequence[float], found: Sequence[Sums]) -> list[float]:
     return [*parts[:, :4].sum(0), parts[:, 4].max()]
 
 
-def _used(
-    config: TransformerConfig, cache: Cache, tokens: Array, count: Array
-) -> tuple[Float[Array, "1 rows"], Float[Array, ""]]:
-    """Entries that each token reads, in the mean over the layers; the most that a layer holds."""
-    read, resident = jnp.zeros(()), jnp.zeros(())
-    for (_, first, end), layers in zip(config.runs(), cache.layers, strict=True):
-        step, state = layers.kind.begin(layers.state, tokens, count[None])
-        read += (end - first) / config.layers * layers.kind.read(step, tokens.shape[1])
-        resident = jnp.maximum(resident, layers.kind.resident(state).max().astype(jnp.float32))
-    return read, resident
+def _take(
+    config: TransformerConfig,
+    byte_lengths: np.ndarray,
+    parameters: Any,
+    cache: Cache,
+    tokens: Int[Array, "1 rows"],
+    targets: Int[Array, "1 rows"],
+    count: Int[Array, ""],
+) -> tuple[Sums, Cache]:
+    """Takes the first `count` tokens in; targets below 0 are not predicted."""
+    model = CachedTransformer.of(config, parameters)
+    counted = (jnp.arange(tokens.shape[1]) < count) & (targets >= 0)
+    read, resident = entries_of_cache(config, cache, tokens, count[None])
+    hidden, cache = model.extend(tokens, cache, count[None])
+    losses = token_losses(hidden, model.head(), jnp.maximum(targets, 0))
+    sizes = jnp.take(jnp.asarray(byte_lengths, jnp.float32), targets, mode="clip")
+    sums = Sums(
+        nats=jnp.where(counted, losses, 0).sum(),
+        tokens=counted.sum(dtype=jnp.float32),
+        bytes=jnp.where(counted, sizes, 0).sum(),
+        read=jnp.where(counted, read, 0).sum(),
+        resident=resident.max().astype(jnp.float32),
+    )
+    return sums, cache
 
 
-def _zeros(config: TransformerConfig) -> Any:
-    return nnx.split(abstract_model(config))[1]
+def _checksums(parameters: Any) -> Any:
+    """A number of each parameter's bits and their places, the same on every device."""
+
+    def checksum(leaf: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
+        return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, parameters)

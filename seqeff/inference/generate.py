@@ -10,11 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from seqeff.checks import UserError, check_types, require
 from seqeff.data import Tokenizer, TokenStream
-from seqeff.models import Cache, LearnedPositions, TransformerConfig
+from seqeff.models import (
+    Cache,
+    CachedTransformer,
+    LearnedPositions,
+    TransformerConfig,
+    cached_parameters,
+    empty_cache,
+)
 from seqeff.models.caches import kind_of
 
 # tokens of a prompt that are taken at a time, and a multiple that the last ones are filled up to
@@ -51,27 +57,32 @@ class Generator:
     a prompt of any length takes.
     """
 
-    def __init__(self, graph: nnx.GraphDef, vocabulary_size: int, context: int | None) -> None:
+    def __init__(
+        self, config: TransformerConfig, vocabulary_size: int, context: int | None
+    ) -> None:
         """
         Args:
+          config: of the model, knowing its vocabulary.
           vocabulary_size: the tokenizer's; ids past it are never drawn.
           context: tokens that prompt and continuation may have together; None: any number, for
             models whose caches do not grow.
         """
         self.context = context
         self._extend = jax.jit(
-            functools.partial(_extend, graph, vocabulary_size),
+            functools.partial(_extend, config, vocabulary_size),
             static_argnames=("sampling",),
             donate_argnames=("cache",),
         )
-        self._empty = jax.jit(
-            lambda parameters: nnx.merge(graph, parameters).empty_cache(1, context or 1)
-        )
+        self._parameters = jax.jit(functools.partial(cached_parameters, config))
+        self._empty = jax.jit(functools.partial(empty_cache, config, 1, context or 1))
 
     def stream(
         self, parameters: Any, prompt: Sequence[int], tokens: int, sampling: Sampling, stop: int
     ) -> Iterator[int]:
         """Yields up to `tokens` ids that continue the prompt, ending before the id `stop`.
+
+        Args:
+          parameters: of the `Transformer`.
 
         Raises:
           UserError: see `check_prompt`.
@@ -80,10 +91,13 @@ class Generator:
         key = jax.random.key(sampling.seed)
         # a seed is no reason to compile again
         extend = functools.partial(
-            self._extend, parameters, key=key, sampling=dataclasses.replace(sampling, seed=0)
+            self._extend,
+            self._parameters(parameters),
+            key=key,
+            sampling=dataclasses.replace(sampling, seed=0),
         )
         count = tokens if self.context is None else min(tokens, self.context - len(prompt))
-        token, cache = jnp.zeros(1, jnp.int32), self._empty(parameters)
+        token, cache = jnp.zeros(1, jnp.int32), self._empty()
         for first in range(0, len(prompt), _CHUNK):
             part = prompt[first : first + _CHUNK]
             # rounding up keeps the number of compiled lengths small
@@ -125,7 +139,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def _extend(
-    graph: nnx.GraphDef,
+    config: TransformerConfig,
     vocabulary_size: int,
     parameters: Any,
     tokens: jax.Array,
@@ -135,7 +149,7 @@ def _extend(
     sampling: Sampling,
 ) -> tuple[jax.Array, Cache]:
     """Takes the first `count` tokens into the cache and draws the next one."""
-    model = nnx.merge(graph, parameters)
+    model = CachedTransformer.of(config, parameters)
     drawn_before = cache.length[0]
     hidden, cache = model.extend(tokens, cache, jnp.full(tokens.shape[:1], count, jnp.int32))
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)

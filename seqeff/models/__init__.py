@@ -1,6 +1,7 @@
 """The model: a Transformer whose parts are frozen configs with a `make` method each."""
 
 from seqeff.models.attention import Attention, DenseAttention, SeparatorAttention
+from seqeff.models.cached import Cache, CachedTransformer, cached_parameters, empty_cache
 from seqeff.models.cross_entropy import cross_entropy_sums, token_losses
 from seqeff.models.feed_forward import FeedForward
 from seqeff.models.initialisation import NormalInitialisation, SmallInitialisation
@@ -9,12 +10,13 @@ from seqeff.models.norms import LayerNorm, RMSNorm
 from seqeff.models.parameters import parameter_shardings
 from seqeff.models.positions import BilevelPositions, LearnedPositions, NoPositions, Rotary
 from seqeff.models.projections import HeadProjections
-from seqeff.models.transformer import Cache, Transformer, TransformerConfig
+from seqeff.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "Attention",
     "BilevelPositions",
     "Cache",
+    "CachedTransformer",
     "DenseAttention",
     "DenseLinear",
     "FeedForward",
@@ -30,7 +32,9 @@ __all__ = [
     "SmallInitialisation",
     "Transformer",
     "TransformerConfig",
+    "cached_parameters",
     "cross_entropy_sums",
+    "empty_cache",
     "parameter_shardings",
     "token_losses",
 ]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seqeff.models.attention.protocol import Heads
+from seqeff.models.cached import Cache
+from seqeff.models.heads import Heads
 from seqeff.models.transformer import Transformer, TransformerConfig
 
 
@@ -47,6 +48,25 @@ def entries_of_tokens(
             entries += jnp.maximum(stop - start, 0)[:, 0]
         mean += (end - first) / config.layers * entries
         most = jnp.maximum(most, entries)
+    return mean, most
+
+
+def entries_of_cache(
+    config: TransformerConfig,
+    cache: Cache,
+    tokens: Int[Array, "batch rows"],
+    count: Int[Array, " batch"],
+) -> tuple[Float[Array, "batch rows"], Int[Array, " batch"]]:
+    """Entries that tokens read which follow a cache's: mean over the layers; the most in a layer.
+
+    Args:
+      count: how many of each row's tokens are real; what the others read is of no meaning.
+    """
+    mean, most = jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape[0], jnp.int32)
+    for (_, first, end), layers in zip(config.runs(), cache.layers, strict=True):
+        read, resident = layers.entries(tokens, count)
+        mean += (end - first) / config.layers * read
+        most = jnp.maximum(most, resident)
     return mean, most
 
 

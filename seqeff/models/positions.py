@@ -66,6 +66,11 @@ class Positions(Protocol):
         """
         ...
 
+    @property
+    def by_place(self) -> bool:
+        """Whether heads are rotated by a token's place in its row, so that they can be turned."""
+        ...
+
     def rotation(self, positions: Int[Array, "batch rows"], head_dim: int) -> Rotation | None:
         """What `rotate` needs, computed once for all layers; None when nothing is rotated."""
         ...
@@ -98,6 +103,10 @@ class NoPositions:
         count: Int[Array, " batch"] | None,
     ) -> tuple[Located, Any]:
         return Located(index, index), carried
+
+    @property
+    def by_place(self) -> bool:
+        return False
 
     def rotation(self, positions: Int[Array, "batch rows"], head_dim: int) -> Rotation | None:
         return None
@@ -140,6 +149,10 @@ class Rotary(NoPositions):
         name = type(self).__name__
         require(self.base > 1, f"{name}.base = {self.base} must exceed 1")
         require(0 < self.fraction <= 1, f"{name}.fraction = {self.fraction} must be in (0, 1]")
+
+    @property
+    def by_place(self) -> bool:
+        return True
 
     def rotation(self, positions: Int[Array, "batch rows"], head_dim: int) -> Rotation:
         rotated = int(head_dim * self.fraction)
@@ -210,7 +223,11 @@ class BilevelPositions(Rotary):
         ids = separator_tokens.find(
             "BilevelPositions", vocabulary, self.characters, self.preset, self.separator_ids
         )
-        return dataclasses.replace(self, separator_ids=ids)
+        return dataclasses.replace(self, separator_ids=ids, preset=None)
+
+    @property
+    def by_place(self) -> bool:
+        return False
 
     def embedding(self, width: int, std: float, rngs: nnx.Rngs) -> nnx.Param:
         shape = (self.segment_length, width)

@@ -82,6 +82,10 @@ def check(owner: str, preset: str | None = None, given: tuple[int, ...] | None =
         f"{owner}.preset = {preset!r} is not one of {', '.join(PRESETS)}",
     )
     require(
+        preset is None or given is None,
+        f"{owner}.preset = {preset!r} and {owner}.separator_ids are both given; keep one",
+    )
+    require(
         min(given or (0,)) >= 0,
         f"{owner}.separator_ids = {given} must not be negative; give () for none",
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from seqeff.checks import check_types, require
 from seqeff.models import parameters
+from seqeff.models.attend import attend
 from seqeff.models.attention import Attention, DenseAttention
-from seqeff.models.attention.attend import attend
-from seqeff.models.attention.protocol import Heads
-from seqeff.models.caches import CacheKind, LayersCache, Sizes, kind_of
 from seqeff.models.embedding import embed
 from seqeff.models.feed_forward import FeedForward
+from seqeff.models.heads import Heads
 from seqeff.models.initialisation import Initialisation, NormalInitialisation
 from seqeff.models.norms import LayerNorm, Norm
 from seqeff.models.positions import LearnedPositions, Located, Positions, Rotary, Rotation
@@ -135,22 +133,17 @@ class TransformerConfig:
             yield attention, first, end
             first = end
 
+    def require_positions(self, length: int) -> None:
+        """Raises a ConfigError if the positions' table is shorter than a row."""
+        positions = self.positions
+        if isinstance(positions, LearnedPositions):
+            require(
+                length <= positions.length,
+                f"LearnedPositions.length = {positions.length} is below the row's {length} tokens",
+            )
+
     def make(self, rngs: nnx.Rngs) -> Transformer:
         return Transformer(self, rngs)
-
-
-class Cache(NamedTuple):
-    """What a model remembers of rows while it decodes. A row is one document.
-
-    Attributes:
-      length: tokens so far.
-      located: what the positions carry on.
-      layers: of each run of layers that attend alike.
-    """
-
-    length: Int[Array, " batch"]
-    located: Any
-    layers: tuple[LayersCache, ...]
 
 
 class Layer(nnx.Module):
@@ -167,28 +160,21 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch rows width"],
-        look: Callable[[Heads, Any], tuple[jax.Array, Any]],
+        attend: Callable[[Heads], Float[Array, "batch rows heads head_dim"]],
         rotation: Rotation | None,
-        cache: Any,
-    ) -> tuple[Float[Array, "batch rows width"], Any]:
+    ) -> Float[Array, "batch rows width"]:
         """
         Args:
-          look: from a layer's heads and cache to what they attend and the cache with them.
+          attend: from the layer's heads to what they attend.
         """
         x = parameters.constrain(x, None, None)
-        attended, cache = self._attend(self.attention_norm(x), look, rotation, cache)
+        attended = self.projections.merge(attend(self._heads(self.attention_norm(x), rotation)))
         if self.config.residual == "parallel":
-            return x + attended + self.feed_forward(self.feed_forward_norm(x)), cache
+            return x + attended + self.feed_forward(self.feed_forward_norm(x))
         x = x + attended
-        return x + self.feed_forward(self.feed_forward_norm(x)), cache
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
-    def _attend(
-        self,
-        x: jax.Array,
-        look: Callable[[Heads, Any], tuple[jax.Array, Any]],
-        rotation: Rotation | None,
-        cache: Any,
-    ) -> tuple[jax.Array, Any]:
+    def _heads(self, x: jax.Array, rotation: Rotation | None) -> Heads:
         queries, keys, values = self.projections.split(x)
         positions, head_dim = self.config.positions, queries.shape[-1]
 
@@ -199,17 +185,11 @@ class Layer(nnx.Module):
 
         if rotation is not None:
             queries, keys = (positions.rotate(x, rotation) for x in (queries, keys))
-        heads = Heads(queries, keys, values, None if rotation is None else turn)
-        attended, cache = look(heads, cache)
-        return self.projections.merge(attended), cache
+        return Heads(queries, keys, values, turn if positions.by_place else None)
 
 
-class Transformer(nnx.Module):
-    """Token ids to final hidden states; `head()` turns those into logits.
-
-    The layers' parameters are stacked on a leading axis, and layers that attend alike run as one
-    loop, so compilation does not grow with depth.
-    """
+class LanguageModel(nnx.Module):
+    """What comes before and after the layers: embedding, positions, final norm and output head."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs) -> None:
         std = config.initialisation.embedding_std(config.width)
@@ -218,7 +198,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = parameters.normal(rngs, vocabulary, std, partition)
         self.position_embedding = config.positions.embedding(config.width, std, rngs)
-        self.layers = _stack(config, rngs)
+        self.layers = self.make_layers(config, rngs)
         self.final_norm = config.norm.make(config.width)
         head_std = config.initialisation.input_std(config.width)
         self.output_head = (
@@ -226,6 +206,10 @@ class Transformer(nnx.Module):
             if config.tie_embeddings
             else parameters.normal(rngs, vocabulary, head_std, partition)
         )
+
+    def make_layers(self, config: TransformerConfig, rngs: nnx.Rngs) -> Any:
+        """The layers, as the model that has them runs them."""
+        raise NotImplementedError
 
     def head(self) -> Float[Array, "vocabulary width"]:
         """The matrix whose product with a hidden state is the logits."""
@@ -237,6 +221,31 @@ class Transformer(nnx.Module):
         """Float32 logits of every row: for sampling; training uses `cross_entropy`."""
         head = self.head().astype(hidden.dtype)
         return jnp.einsum("brw,vw->brv", hidden, head, preferred_element_type=jnp.float32)
+
+    def embed(
+        self, tokens: Int[Array, "batch rows"], located: Located
+    ) -> tuple[Float[Array, "batch rows width"], Rotation | None]:
+        """Embedded tokens, and the rotation of their heads."""
+        config = self.config
+        table = parameters.whole_rows(self.embedding[...])
+        x = embed(table, tokens, jnp.dtype(config.dtype), config.embedding_gradient)
+        if self.position_embedding is not None:
+            table = self.position_embedding[...]
+            # tokens that are passed over may lie past the table
+            x = x + jnp.take(table, located.embedded, axis=0, mode="clip").astype(x.dtype)
+        head_dim = config.projections.size(config.width)
+        return x, config.positions.rotation(located.rotated, head_dim)
+
+
+class Transformer(LanguageModel):
+    """Token ids to final hidden states; `head()` turns those into logits.
+
+    The layers' parameters are stacked on a leading axis, and layers that attend alike run as one
+    loop, so compilation does not grow with depth.
+    """
+
+    def make_layers(self, config: TransformerConfig, rngs: nnx.Rngs) -> Layer:
+        return _stack(config, rngs)
 
     def __call__(
         self,
@@ -250,12 +259,12 @@ class Transformer(nnx.Module):
             attended from its beginning.
         """
         config = self.config
-        self._require_positions(tokens.shape[1])
+        config.require_positions(tokens.shape[1])
         rows = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         index = rows if document_start is None else rows - document_start
         carried = config.positions.carry(tokens.shape[0])
         located, _ = config.positions.locate(tokens, index, carried, None)
-        x, rotation = self._begin(tokens, located)
+        x, rotation = self.embed(tokens, located)
         plans: list[tuple[Attention, Any]] = []
         for attention, first, end in config.runs():
             plan = next((plan for method, plan in plans if method == attention), None)
@@ -263,104 +272,31 @@ class Transformer(nnx.Module):
                 plan = attention.plan(tokens, document_start)
                 plans.append((attention, plan))
 
-            def look(
-                heads: Heads, _: Any, attention: Attention = attention, plan: Any = plan
-            ) -> tuple[jax.Array, Any]:
+            def attend_all(
+                heads: Heads, attention: Attention = attention, plan: Any = plan
+            ) -> jax.Array:
                 sources = attention.sources(plan, heads, 0)
-                return attend(heads.queries, sources, config.attention_backend), None
+                return attend(heads.queries, sources, config.attention_backend)
 
-            x, _ = self._layers(x, look, rotation, slice(first, end), None)
+            x = self._run(x, attend_all, rotation, slice(first, end))
         return self.final_norm(x)
 
-    def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache of rows without tokens, for up to `capacity` of them.
-
-        Raises:
-          ConfigError: the positions' table is shorter.
-        """
-        config = self.config
-        self._require_positions(capacity)
-        sizes = Sizes(
-            batch,
-            capacity,
-            config.projections.groups(),
-            config.projections.size(config.width),
-            config.dtype,
-        )
-        layers = tuple(
-            LayersCache.empty(kind_of(attention), end - first, sizes)
-            for attention, first, end in config.runs()
-        )
-        return Cache(jnp.zeros(batch, jnp.int32), config.positions.carry(batch), layers)
-
-    def extend(
-        self,
-        tokens: Int[Array, "batch rows"],
-        cache: Cache,
-        count: Int[Array, " batch"] | None = None,
-    ) -> tuple[Float[Array, "batch rows width"], Cache]:
-        """Final hidden states of tokens that follow the cache's, and the cache with them in it.
-
-        Args:
-          count: how many of each row's tokens are real; what follows them is passed over, and its
-            states are of no meaning. None: all.
-
-        The caller keeps `cache.length + count` within the capacity, where a cache grows.
-        """
-        config = self.config
-        if count is None:
-            count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-        index = cache.length[:, None] + jnp.arange(tokens.shape[1])
-        located, carried = config.positions.locate(tokens, index, cache.located, count)
-        x, rotation = self._begin(tokens, located)
-        caches = []
-        for (_, first, end), layers in zip(config.runs(), cache.layers, strict=True):
-            step, state = layers.kind.begin(layers.state, tokens, count)
-
-            def look(
-                heads: Heads, arrays: Any, kind: CacheKind = layers.kind, step: Any = step
-            ) -> tuple[jax.Array, Any]:
-                return kind.attend(step, arrays, heads, config.attention_backend)
-
-            x, arrays = self._layers(x, look, rotation, slice(first, end), layers.arrays)
-            caches.append(dataclasses.replace(layers, state=state, arrays=arrays))
-        return self.final_norm(x), Cache(cache.length + count, carried, tuple(caches))
-
-    def _begin(self, tokens: jax.Array, located: Located) -> tuple[jax.Array, Rotation | None]:
-        """Embedded tokens, and the rotation of their heads."""
-        config = self.config
-        table = parameters.whole_rows(self.embedding[...])
-        x = embed(table, tokens, jnp.dtype(config.dtype), config.embedding_gradient)
-        if self.position_embedding is not None:
-            table = self.position_embedding[...]
-            # tokens that are passed over may lie past the table
-            x = x + jnp.take(table, located.embedded, axis=0, mode="clip").astype(x.dtype)
-        head_dim = config.projections.size(config.width)
-        return x, config.positions.rotation(located.rotated, head_dim)
-
-    def _require_positions(self, length: int) -> None:
-        positions = self.config.positions
-        if isinstance(positions, LearnedPositions):
-            require(
-                length <= positions.length,
-                f"LearnedPositions.length = {positions.length} is below the row's {length} tokens",
-            )
-
-    def _layers(
+    def _run(
         self,
         x: jax.Array,
-        look: Callable[[Heads, Any], tuple[jax.Array, Any]],
+        attend: Callable[[Heads], jax.Array],
         rotation: Rotation | None,
         part: slice,
-        cache: Any,
-    ) -> tuple[jax.Array, Any]:
-        """Neighbouring layers, as a loop, and their caches."""
+    ) -> jax.Array:
+        """Neighbouring layers, as a loop."""
         graph, stacked = nnx.split(self.layers)
-        layer = self._rematerialised(functools.partial(_layer, graph, look, rotation))
-        inputs = jax.tree.map(operator.itemgetter(part), stacked), cache
-        return jax.lax.scan(
-            layer, x, inputs, unroll=min(self.config.unroll, part.stop - part.start)
-        )
+
+        def layer(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, state)(x, attend, rotation), None
+
+        states = jax.tree.map(operator.itemgetter(part), stacked)
+        unroll = min(self.config.unroll, part.stop - part.start)
+        return jax.lax.scan(self._rematerialised(layer), x, states, unroll=unroll)[0]
 
     def _rematerialised(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         if self.config.rematerialise == "nothing":
@@ -368,18 +304,6 @@ class Transformer(nnx.Module):
         policy = _keep_products if self.config.rematerialise == "elementwise" else None
         # a loop keeps the two computations apart; a fully unrolled one may share them again
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-def _layer(
-    graph: nnx.GraphDef,
-    look: Callable[[Heads, Any], tuple[jax.Array, Any]],
-    rotation: Rotation | None,
-    x: jax.Array,
-    inputs: tuple[Any, Any],
-) -> tuple[jax.Array, Any]:
-    """The body of the loop over layers."""
-    state, cache = inputs
-    return nnx.merge(graph, state)(x, look, rotation, cache)
 
 
 def _stack(config: TransformerConfig, rngs: nnx.Rngs) -> Layer:

@@ -99,7 +99,7 @@ class Report:
         tokenizer, config = self._prepared.tokenizer, self._config
         if self._generator is None:
             self._generator = Generator(
-                self._program.graph, tokenizer.vocabulary_size, config.data.sequence_length
+                self._program.model, tokenizer.vocabulary_size, config.data.sequence_length
             )
         prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)]
         prompt = prompt[: config.data.sequence_length // 2]

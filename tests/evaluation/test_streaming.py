@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 from tiny_run import refused, seqeff
 
 from seqeff.checks import UserError
-from seqeff.evaluation import Book, Stream, read_in_rows, stream
+from seqeff.evaluation import Book, Stream, read_in_rows, stream, streaming
 from seqeff.evaluation.comparison import methods, warning, without_separators
 from seqeff.models import (
     DenseAttention,
@@ -136,14 +137,60 @@ def test_a_stream_that_was_stopped_goes_on(carry, parameters, tmp_path, monkeypa
     monkeypatch.setattr(reader, "take", None)
     again = [result for _, result in stream(reader, parameters, BOOKS, **options)]
     assert again == found
-    with pytest.raises(UserError, match="is of other texts or settings; remove it"):
+    other_texts = "is of other texts, parameters or settings; remove it"
+    with pytest.raises(UserError, match=other_texts):
         list(stream(reader, parameters, BOOKS[:2], **options))
+    # the same tokens, cut elsewhere
+    tokens = np.concatenate([book.tokens for book in BOOKS])
+    cut = [Book("", tokens[:41]), Book("", tokens[41:43]), Book("", tokens[43:])]
+    with pytest.raises(UserError, match=other_texts):
+        list(stream(reader, parameters, cut, **options))
+    # one weight that differs in its last bit, or two that changed places
+    for changed in (
+        parameters["embedding"].at[3, 2].set(np.nextafter(parameters["embedding"][3, 2], 9)),
+        parameters["embedding"].at[:2].set(parameters["embedding"][1::-1]),
+    ):
+        with pytest.raises(UserError, match=other_texts):
+            list(stream(reader, {**parameters, "embedding": changed}, BOOKS, **options))
     other = with_attention(window=6)
     with pytest.raises(UserError, match="another model or of other sizes; remove it"):
         list(stream(Stream(other, SIZES, CHUNK), parameters, BOOKS, **options))
     state.write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot read"):
         list(stream(reader, parameters, BOOKS, **options))
+
+
+def test_what_is_kept_is_not_timed(parameters, tmp_path, monkeypatch):
+    save = streaming.save_cache
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        save(*arguments)
+
+    monkeypatch.setattr(streaming, "save_cache", slow)
+    options = {"state": tmp_path / "kept", "save_every": 1}
+    assert sum(found.seconds for found in results(CONFIG, parameters, **options)) < 0.5
+
+
+def test_a_book_of_one_token(parameters):
+    one = [Book("one", np.asarray([3], np.int32))]
+    for found in (
+        *results(CONFIG, parameters, one),
+        *(found for _, found in read_in_rows(CONFIG, parameters, SIZES, one, 10)),
+    ):
+        assert (found.perplexity.tokens, found.perplexity.nats) == (0, 0)
+
+
+def test_texts_longer_than_the_positions(parameters):
+    attention = dataclasses.replace(ATTENTION, positions="absolute")
+    learned = dataclasses.replace(
+        CONFIG, attention=attention, positions=LearnedPositions(length=40)
+    )
+    graph = learned.make(nnx.Rngs(0))
+    own = nnx.to_pure_dict(nnx.split(graph)[1])
+    assert len(results(learned, own)) == 3
+    with pytest.raises(UserError, match=r"LearnedPositions\.length = 40 is below the row's 76"):
+        results(learned, own, carry=True)
 
 
 def test_rows_predict_every_token_once(parameters):
@@ -159,15 +206,21 @@ def test_rows_predict_every_token_once(parameters):
 
 
 def test_streamingllm_has_as_many_entries():
-    streaming = without_separators(ATTENTION)
-    assert (streaming.window, streaming.initial_tokens) == (8, 2)
-    assert not streaming.keeps_separators
+    without = without_separators(ATTENTION)
+    assert (without.window, without.initial_tokens) == (8, 2)
+    assert not without.might_keep
     published = without_separators(dataclasses.replace(ATTENTION, cache_entries=14))
     assert (published.window, published.cache_entries) == (12, 14)
     found = methods(CONFIG)
     assert list(found) == ["StreamingLLM", "SepLLM"]
-    assert set(found["StreamingLLM"].attentions()) == {streaming}
+    assert set(found["StreamingLLM"].attentions()) == {without}
     assert list(methods(found["StreamingLLM"])) == ["StreamingLLM"]
+    window = DenseAttention(window=9)
+    mixed = dataclasses.replace(CONFIG, attention=window, layer_attention={1: ATTENTION})
+    assert methods(mixed)["StreamingLLM"].attentions() == (window, without)
+    mixed = dataclasses.replace(CONFIG, layer_attention={1: window})
+    assert methods(mixed)["StreamingLLM"].attentions() == (without, window)
+    assert list(methods(dataclasses.replace(CONFIG, attention=window))) == ["own attention"]
 
 
 def test_full_layers_are_refused():
@@ -188,6 +241,12 @@ def test_positions_past_training_are_warned_of():
     assert not warning(CONFIG, 40, 32)
     learned = dataclasses.replace(absolute, positions=LearnedPositions(length=64))
     assert not warning(learned, 40, 32)
+    # distances stay near
+    window = dataclasses.replace(CONFIG, attention=DenseAttention(window=9))
+    assert not warning(window, 40, 32)
+    assert not warning(
+        with_attention(positions="absolute", initial_tokens=0, separator_ids=()), 40, 32
+    )
 
 
 BOUNDED = [
@@ -201,21 +260,23 @@ def test_the_command(finished, tiny, tmp_path):
     books = sorted((tiny.folder / "corpus").glob("*.txt"))[:3]
     file = tmp_path / "streams.json"
     command = ["eval", finished, "--streaming", *books, "--json", file, *BOUNDED]
-    result = seqeff(*command, "--carry", "--chunk", 16, "--state", tmp_path / "kept")
+    options = ["--carry", "--per-book", "--chunk", 16, "--state", tmp_path / "kept"]
+    result = seqeff(*command, *options)
     assert result.status == 0, result.errors
     assert "warning: positions go up to" in result.errors
     header, *lines = result.output.splitlines()
     assert header.split()[:2] == ["method", "perplexity"]
-    assert [line[:22].strip() for line in lines] == ["dense, rows of 32", "StreamingLLM", "SepLLM"]
+    streams = ["StreamingLLM", "SepLLM", "StreamingLLM, carried", "SepLLM, carried"]
+    expected = ["dense, rows of 32", *streams]
+    assert [line[:22].strip() for line in lines[3::4]] == expected
+    assert [line[:22].strip() for line in lines[:3]] == [book.name for book in books]
     report = json.loads(file.read_text())
-    assert report["carry"] is True
-    assert len(report["results"]) == 9
+    assert len(report["results"]) == 15
     by_method = {row["method"]: row for row in report["results"]}
     assert by_method["SepLLM"]["entries_resident"] <= 3 + 4 + 6
     assert by_method["StreamingLLM"]["entries_resident"] == 3 + 10
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {
-        "SepLLM.safetensors",
-        "StreamingLLM.safetensors",
+        f"{name.replace(', ', '-')}.safetensors" for name in streams
     }
 
 
@@ -225,3 +286,18 @@ def test_bad_streams_are_one_line(finished, tmp_path):
     assert "cannot read" in refused("eval", finished, "--streaming", book, *BOUNDED)
     book.write_text("")
     assert "is empty; leave it out" in refused("eval", finished, "--streaming", book, *BOUNDED)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--carry"], "--carry is for --streaming BOOK...; give both"),
+        (["--per-book"], "--per-book is for --streaming"),
+        (["--chunk", 4], "--chunk is for --streaming"),
+        (["--state", "kept"], "--state is for --streaming"),
+        (["--json", "file"], "--json is for --streaming"),
+        (["--streaming", "book", "--batches", 4], "--batches is of held-out documents"),
+    ],
+)
+def test_options_that_would_do_nothing(finished, no_devices, options, expected):
+    assert expected in refused("eval", finished, *options)

@@ -1,5 +1,7 @@
 """Generation: what is drawn, when it ends, and the text that comes of it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,14 @@ from tiny_run import refused, seqeff
 
 from seqeff.checks import ConfigError, UserError
 from seqeff.data import Tokenizer
-from seqeff.inference import Generator, Sampling, check_prompt, decode_stream
-from seqeff.models.flops import abstract_model
+from seqeff.inference import (
+    Generator,
+    Sampling,
+    check_prompt,
+    decode_stream,
+    generation_context,
+)
+from seqeff.models import SeparatorAttention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -26,9 +34,8 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def stream(tiny, model):
     """A function of (prompt, tokens, sampling, stop) that returns ids."""
-    graph, _ = nnx.split(abstract_model(tiny.load().model))
     parameters = nnx.to_pure_dict(nnx.split(model)[1])
-    generator = Generator(graph, VOCABULARY, CONTEXT)
+    generator = Generator(tiny.load().model, VOCABULARY, CONTEXT)
     return lambda prompt, tokens, sampling, stop=NEVER: list(
         generator.stream(parameters, prompt, tokens, sampling, stop)
     )
@@ -145,6 +152,53 @@ def test_what_cannot_be_generated(finished, no_devices, options, expected):
 def test_a_checkpoint_that_does_not_exist(finished):
     line = refused("generate", finished, "--prompt", "a", "--checkpoint", 7)
     assert "no checkpoint of step 7; it has 20, 24" in line
+
+
+BOUNDED = SeparatorAttention(
+    window=9, initial_tokens=2, separators=3, separator_ids=(3, 4, 5), positions="compact"
+)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [BOUNDED, dataclasses.replace(BOUNDED, positions="absolute")],
+    ids=["compact", "absolute"],
+)
+def test_a_long_prompt_is_continued_as_the_whole_pass_says(tiny, attention, monkeypatch):
+    config = dataclasses.replace(tiny.load().model, attention=attention, layer_attention={})
+    assert generation_context(config, CONTEXT) is None
+    model = config.make(nnx.Rngs(3))
+    generator = Generator(config, VOCABULARY, None)
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, 1300).tolist()
+    rows, extend = [], generator._extend
+
+    def counted(parameters, tokens, *others, **named):
+        rows.append(tokens.shape[1])
+        return extend(parameters, tokens, *others, **named)
+
+    monkeypatch.setattr(generator, "_extend", counted)
+    ids = list(generator.stream(nnx.to_pure_dict(nnx.split(model)[1]), prompt, 6, GREEDY, NEVER))
+    # memory is that of a chunk, whatever the prompt
+    assert rows == [512, 512, 320, 1, 1, 1, 1, 1]
+    whole = [*prompt, *ids]
+    logits = _logits(model, np.asarray([whole], np.int32))[len(prompt) - 1 : -1]
+    # each was the likeliest, as near as float32 tells
+    chosen = np.take_along_axis(np.asarray(logits), np.asarray(ids)[:, None], 1)[:, 0]
+    np.testing.assert_allclose(chosen, logits.max(1), atol=1e-4)
+
+
+def test_the_published_cache_generates(finished):
+    options = [
+        "--gin.TransformerConfig.attention=@SeparatorAttention()",
+        "--gin.SeparatorAttention.window=9",
+        "--gin.SeparatorAttention.separators=3",
+        "--gin.SeparatorAttention.cache_entries=20",
+        "--gin.SeparatorAttention.positions=compact",
+    ]
+    prompt = "the cat sat on a big red mat. " * 5
+    result = seqeff("generate", finished, "--prompt", prompt, "--tokens", 5, *options)
+    assert result.status == 0, result.errors
+    assert result.output.startswith(prompt) and len(result.output) > len(prompt) + 1
 
 
 def test_a_prompt_of_any_length_where_caches_do_not_grow(finished):

@@ -14,12 +14,14 @@ import numpy as np
 from flax import nnx
 
 from seqeff.models import (
+    CachedTransformer,
     DenseAttention,
     FeedForward,
     HeadProjections,
     RMSNorm,
     SeparatorAttention,
     TransformerConfig,
+    cached_parameters,
 )
 from seqeff.models.flops import abstract_model
 
@@ -136,6 +138,16 @@ def random_model(config: TransformerConfig, seed: int = 0) -> tuple[nnx.GraphDef
         return jnp.asarray(random.normal(0.1, 0.2, leaf.shape), leaf.dtype)
 
     return graph, jax.tree.map(draw, nnx.to_pure_dict(state))
+
+
+def extending(config: TransformerConfig, parameters: Any) -> Any:
+    """A compiled function of (tokens, cache, [count]); see `CachedTransformer.extend`."""
+    given = cached_parameters(config, parameters)
+
+    def extend(parameters: Any, *inputs: Any) -> Any:
+        return CachedTransformer.of(config, parameters).extend(*inputs)
+
+    return functools.partial(quick_jit(extend), given)
 
 
 def hidden(graph: nnx.GraphDef, parameters: Any, tokens: Any, document_start: Any = None) -> Any:

@@ -20,8 +20,9 @@ from model_cases import (
 )
 
 from seqeff.models import Attention, DenseAttention, SeparatorAttention
-from seqeff.models.attention.protocol import Heads
 from seqeff.models.flops import attended_entries
+from seqeff.models.heads import Heads
+from seqeff.models.positions import Rotary
 from seqeff_kernels.range_attention import range_attention
 
 attentions = pytest.mark.parametrize("name", ATTENTIONS)
@@ -119,6 +120,79 @@ def test_values_and_gradients_equal_naive_attention(name, heads, kv_heads, lengt
     actual, expected = quick_jit(lambda: (both(ours), both(naive)))()
     for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(left, right, atol=2e-5, rtol=2e-5)
+
+
+def turn(x, by):
+    """[batch, length, heads, 8] turned by so many positions."""
+    return Rotary().rotate(x, Rotary().rotation(by, 8))
+
+
+def turned_attention(queries, keys, values, mask, distance):
+    """Naive attention where each row sees each entry at a distance of its own."""
+    batch, length, heads, size = keys.shape
+    each = jnp.broadcast_to(keys[:, None], (batch, length, *keys.shape[1:]))
+    each = turn(each.reshape(-1, length, heads, size), -distance.reshape(-1, length))
+    each = each.reshape(batch, length, length, heads, size)
+    each = jnp.repeat(each, queries.shape[2] // heads, axis=3)
+    values = jnp.repeat(values, queries.shape[2] // heads, axis=2)
+    scores = jnp.einsum("bihd,bijhd->bhij", queries, each, precision="highest")
+    scores = jnp.where(mask[:, None], scores * size**-0.5, -jnp.inf)
+    # rows of the padding attend nothing
+    weights = jnp.where(mask.any(-1)[:, None, :, None], jax.nn.softmax(scores, axis=-1), 0)
+    weights = jnp.where(mask[:, None], weights, 0)
+    return jnp.einsum("bhij,bjhd->bihd", weights, values, precision="highest")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    attention=st.builds(
+        SeparatorAttention,
+        window=st.integers(1, 9),
+        initial_tokens=st.integers(0, 4),
+        initial_of=st.sampled_from(["document", "row"]),
+        separators=st.none() | st.integers(1, 5),
+        separator_ids=st.sets(st.integers(0, VOCABULARY - 1), max_size=40).map(tuple),
+        interval=st.none() | st.integers(1, 9),
+        positions=st.sampled_from(["absolute", "compact"]),
+    ),
+    begins=st.sets(st.integers(1, 23), max_size=3),
+    padding=st.integers(0, 8),
+    seed=st.integers(0, 1000),
+)
+def test_any_separators_windows_and_paddings(attention, begins, padding, seed):
+    """Values and gradients; the second row is padded on the left."""
+    length, random = 24, np.random.default_rng(seed)
+    tokens = random_tokens(2, length, seed)
+    starts = documents(length, (0, *begins), (0,))
+    starts[1] = padding
+    mask = naive_mask(attention, tokens, starts)
+    age = np.arange(length)[:, None] - np.arange(length)
+    distance = np.broadcast_to(age, mask.shape)
+    if attention.positions == "compact":
+        # entries attended after each one, up to the row
+        distance = np.cumsum(mask[..., ::-1], axis=-1)[..., ::-1] - mask
+    queries, keys, values, cotangent = (
+        random.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (2, 1, 1, 2)
+    )
+    cotangent *= mask.any(-1)[..., None, None]
+
+    def ours(queries, keys, values):
+        positions = jnp.asarray(np.arange(length) - starts)
+        heads = Heads(turn(queries, positions), turn(keys, positions), values, turn)
+        sources = attention.sources(attention.plan(tokens, starts), heads, 0)
+        return range_attention(heads.queries, sources)[0]
+
+    def naive(queries, keys, values):
+        return turned_attention(queries, keys, values, mask, jnp.asarray(distance))
+
+    def both(function):
+        output, pull = jax.vjp(function, queries, keys, values)
+        return output, pull(cotangent)
+
+    actual, expected = quick_jit(lambda: (both(ours), both(naive)))()
+    for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.all(np.isfinite(left))
+        np.testing.assert_allclose(left, right, atol=5e-5, rtol=5e-5)
 
 
 @attentions

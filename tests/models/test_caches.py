@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import (
     ATTENTIONS,
     SEPARATORS,
-    documents,
+    extending,
     hidden,
     naive_mask,
     quick_jit,
@@ -25,8 +24,14 @@ from model_cases import (
 )
 
 from seqeff.checks import ConfigError
-from seqeff.models import DenseAttention, LearnedPositions, SeparatorAttention
-from seqeff.models.attention.protocol import Heads
+from seqeff.models import (
+    CachedTransformer,
+    DenseAttention,
+    LearnedPositions,
+    SeparatorAttention,
+    cached_parameters,
+    empty_cache,
+)
 from seqeff.models.caches import (
     BlockCache,
     PublishedCache,
@@ -34,10 +39,9 @@ from seqeff.models.caches import (
     WholeCache,
     kind_of,
     replace_rows,
-    take_rows,
+    select_rows,
 )
-from seqeff.models.positions import BilevelPositions, Rotary
-from seqeff_kernels.range_attention import range_attention
+from seqeff.models.positions import BilevelPositions
 
 BATCH, LENGTH = 3, 63
 TOKENS = random_tokens(BATCH, LENGTH)
@@ -55,9 +59,13 @@ KINDS = {
 }
 
 
+def config_of(name):
+    return small_config(attention=ATTENTIONS[name])
+
+
 @functools.cache
 def model(name):
-    return random_model(small_config(attention=ATTENTIONS[name]))
+    return random_model(config_of(name))
 
 
 @functools.cache
@@ -66,16 +74,12 @@ def whole(name):
 
 
 @functools.cache
-def extend(name, rows):
-    graph, parameters = model(name)
-    del rows  # a compilation for each
-    compiled = quick_jit(lambda parameters, *inputs: nnx.merge(graph, parameters).extend(*inputs))
-    return functools.partial(compiled, parameters)
+def extend(name):
+    return extending(config_of(name), model(name)[1])
 
 
 def empty(name, batch=BATCH):
-    graph, parameters = model(name)
-    return nnx.merge(graph, parameters).empty_cache(batch, LENGTH)
+    return empty_cache(config_of(name), batch, LENGTH)
 
 
 def run(name, chunks, tokens=TOKENS, cache=None):
@@ -84,7 +88,7 @@ def run(name, chunks, tokens=TOKENS, cache=None):
     outputs, first = [], 0
     for rows in chunks:
         part = tokens[:, first : first + rows]
-        output, cache = extend(name, rows)(part, cache, jnp.full(len(tokens), rows, jnp.int32))
+        output, cache = extend(name)(part, cache, jnp.full(len(tokens), rows, jnp.int32))
         outputs.append(np.asarray(output))
         first += rows
     return np.concatenate(outputs, axis=1), cache
@@ -121,7 +125,7 @@ def test_rows_take_as_many_tokens_as_they_have(name):
         part = np.full((BATCH, rows), SEPARATORS[0], np.int32)
         for row, number in enumerate(count):
             part[row, :number] = TOKENS[row, places[row] : places[row] + number]
-        output, cache = extend(name, rows)(part, cache, jnp.asarray(count, jnp.int32))
+        output, cache = extend(name)(part, cache, jnp.asarray(count, jnp.int32))
         for row in np.flatnonzero(count):
             first, number = places[row], count[row]
             close(output[row, :number], whole(name)[row, first : first + number])
@@ -145,15 +149,14 @@ def test_any_sizes(window, initial, separators, compact, seed):
         separator_ids=SEPARATORS * 3,
         positions="compact" if compact else "absolute",
     )
-    graph, parameters = random_model(small_config(layers=1, attention=attention))
+    config = small_config(layers=1, attention=attention)
+    graph, parameters = random_model(config)
     tokens = random_tokens(2, 24, seed)
     tokens[0, 5:20:2] = SEPARATORS[1]
     expected = hidden(graph, parameters, tokens)
-    cache = nnx.merge(graph, parameters).empty_cache(2, 24)
-    step = quick_jit(lambda parameters, *inputs: nnx.merge(graph, parameters).extend(*inputs))
-    outputs = []
+    cache, step, outputs = empty_cache(config, 2, 24), extending(config, parameters), []
     for first, end in itertools.pairwise((0, 11, *range(12, 16), 24)):
-        output, cache = step(parameters, tokens[:, first:end], cache)
+        output, cache = step(tokens[:, first:end], cache)
         outputs.append(output)
     close(np.concatenate(outputs, axis=1), np.asarray(expected))
 
@@ -162,7 +165,7 @@ def test_any_sizes(window, initial, separators, compact, seed):
 def test_rows_can_be_moved_and_replaced(name):
     _, cache = run(name, (40,))
     order = jnp.asarray([2, 0, 0])
-    moved = take_rows(cache, order)
+    moved = select_rows(cache, order)
     close(run(name, (1, 7), TOKENS[order][:, 40:48], moved)[0], whole(name)[order, 40:48])
     # a new request in the place of an old row
     _, other = run(name, (9,), TOKENS[2:])
@@ -183,11 +186,8 @@ def test_a_row_does_not_depend_on_its_mates_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", ["bounded", "streaming", "compact", "window"])
 def test_a_bounded_cache_has_one_size_for_any_capacity(name):
-    graph, parameters = model(name)
-    made = nnx.merge(graph, parameters)
-
     def sizes(capacity):
-        cache = jax.eval_shape(lambda: made.empty_cache(2, capacity))
+        cache = jax.eval_shape(lambda: empty_cache(config_of(name), 2, capacity))
         return [leaf.size for leaf in jax.tree.leaves(cache)]
 
     assert sizes(10) == sizes(100_000)
@@ -211,17 +211,18 @@ def test_the_entries_are_those_of_the_mask(name):
 
 
 def test_a_scan_over_tokens():
-    graph, parameters = model("bounded")
+    config, (_, parameters) = config_of("bounded"), model("bounded")
+    made = CachedTransformer.of(config, cached_parameters(config, parameters))
 
     @quick_jit
-    def scan(parameters, tokens, cache):
+    def scan(tokens, cache):
         def step(cache, token):
-            output, cache = nnx.merge(graph, parameters).extend(token[:, None], cache)
+            output, cache = made.extend(token[:, None], cache)
             return cache, output[:, 0]
 
         return jax.lax.scan(step, cache, tokens.T)[1]
 
-    close(np.swapaxes(scan(parameters, TOKENS, empty("bounded")), 0, 1), whole("bounded"))
+    close(np.swapaxes(scan(TOKENS, empty("bounded")), 0, 1), whole("bounded"))
 
 
 @pytest.mark.parametrize("name", ["dense", "separator"])
@@ -230,19 +231,11 @@ def test_positions_in_segments_go_on(name):
     config = small_config(attention=ATTENTIONS[name], positions=positions)
     graph, parameters = random_model(config)
     expected = np.asarray(hidden(graph, parameters, TOKENS))
-    step = quick_jit(lambda parameters, *inputs: nnx.merge(graph, parameters).extend(*inputs))
-    cache = nnx.merge(graph, parameters).empty_cache(BATCH, LENGTH)
-    outputs = []
+    cache, step, outputs = empty_cache(config, BATCH, LENGTH), extending(config, parameters), []
     for first, end in itertools.pairwise((0, 20, 21, 22, 40, 63)):
-        output, cache = step(parameters, TOKENS[:, first:end], cache)
+        output, cache = step(TOKENS[:, first:end], cache)
         outputs.append(output)
     close(np.concatenate(outputs, axis=1), expected)
-
-
-def test_learned_positions_end_with_their_table():
-    graph, parameters = random_model(small_config(positions=LearnedPositions(length=20)))
-    with pytest.raises(ConfigError, match=r"LearnedPositions\.length = 20 is below the row's 21"):
-        nnx.merge(graph, parameters).empty_cache(1, 21)
 
 
 PUBLISHED = SeparatorAttention(
@@ -260,40 +253,33 @@ class Used(NamedTuple):
     resident: Any
 
 
-def _begun(layers, token):
-    step, _ = layers.kind.begin(layers.state, token[:, None], jnp.ones(len(token), jnp.int32))
-    return (step,)
-
-
-def published(attention, tokens, **config):
-    """Outputs, and entries read and resident after each token."""
-    graph, parameters = random_model(small_config(attention=attention, **config))
+def published(attention, tokens, **changes):
+    """Outputs, entries read by and resident after each token, and the model's parameters."""
+    config = small_config(attention=attention, **changes)
+    _, parameters = random_model(config)
+    made = CachedTransformer.of(config, cached_parameters(config, parameters))
 
     @quick_jit
-    def scan(parameters, tokens):
-        made = nnx.merge(graph, parameters)
-
+    def scan(tokens):
         def step(cache, token):
             (layers,) = cache.layers
-            read = layers.kind.read(*_begun(layers, token), 1)
+            used = layers.entries(token[:, None], jnp.ones(len(token), jnp.int32))
             output, cache = made.extend(token[:, None], cache)
-            (layers,) = cache.layers
-            return cache, (output[:, 0], Used(read[:, 0], layers.kind.resident(layers.state)))
+            return cache, (output[:, 0], Used(used[0][:, 0], used[1]))
 
-        cache = made.empty_cache(tokens.shape[0], tokens.shape[1])
-        return jax.lax.scan(step, cache, tokens.T)[1]
+        return jax.lax.scan(step, empty_cache(config, *tokens.shape), tokens.T)[1]
 
-    outputs, entries = scan(parameters, tokens)
-    return np.swapaxes(outputs, 0, 1), entries, (graph, parameters)
+    outputs, entries = scan(tokens)
+    return np.swapaxes(outputs, 0, 1), entries, parameters
 
 
 def test_the_published_cache_without_limit_is_dense():
     for positions in ("absolute", "compact"):
         attention = dataclasses.replace(PUBLISHED, cache_entries=LENGTH, positions=positions)
         assert isinstance(kind_of(attention), PublishedCache)
-        outputs, entries, parts = published(attention, TOKENS)
+        outputs, entries, parameters = published(attention, TOKENS)
         graph, _ = random_model(small_config(attention=DenseAttention()))
-        close(outputs, np.asarray(hidden(graph, parts[1], TOKENS)))
+        close(outputs, np.asarray(hidden(graph, parameters, TOKENS)))
         np.testing.assert_array_equal(entries.read[:, 0], np.arange(1, LENGTH + 1))
 
 
@@ -303,7 +289,7 @@ def test_the_published_cache_without_separators_is_streamingllm():
         attention = dataclasses.replace(
             PUBLISHED, separators=None, separator_ids=(), cache_entries=8, positions=positions
         )
-        outputs, _, (_, parameters) = published(attention, TOKENS, layers=1)
+        outputs, _, parameters = published(attention, TOKENS, layers=1)
         streaming = SeparatorAttention(
             window=7, initial_tokens=2, separator_ids=(), positions=positions
         )
@@ -349,7 +335,7 @@ def test_the_entries_of_the_published_cache_average_what_the_paper_says(sizes, m
 
 
 class _EveryFifth:
-    def are_kept(self, tokens, index):
+    def are_separators(self, tokens, index):
         return index % 5 == 0
 
 
@@ -370,26 +356,100 @@ def test_rows_of_the_published_cache_evict_each_on_its_own():
 
 def test_the_published_cache_turns_keys_once():
     """The public SepCache writes turned keys back, and turns them again each step."""
-    _, _, (graph, parameters) = published(PUBLISHED, TOKENS, layers=1)
-    made = nnx.merge(graph, parameters)
-    cache = made.empty_cache(BATCH, LENGTH)
-    step = quick_jit(lambda parameters, *x: nnx.merge(graph, parameters).extend(*x))
+    config = small_config(attention=PUBLISHED, layers=1)
+    step, cache = extending(config, random_model(config)[1]), empty_cache(config, BATCH, LENGTH)
     keys = []
     for token in range(14):
-        _, cache = step(parameters, TOKENS[:, token : token + 1], cache)
-        keys.append(np.asarray(cache.layers[0].arrays.keys))
+        _, cache = step(TOKENS[:, token : token + 1], cache)
+        keys.append(np.asarray(cache.layers[0].arrays[0].keys))
     for before, after in itertools.pairwise(keys):
-        filled = np.any(before != 0, axis=(0, 1, 3, 4))
-        np.testing.assert_array_equal(after[:, :, filled], before[:, :, filled])
+        filled = np.any(before != 0, axis=(0, 2, 3))
+        np.testing.assert_array_equal(after[:, filled], before[:, filled])
 
 
-def test_prefill_fits_in_the_cache():
-    """The public SepCache holds the whole prompt; here the largest array is a chunk's."""
-    graph, parameters = model("bounded")
-    made = nnx.merge(graph, parameters)
-    cache = jax.eval_shape(lambda: made.empty_cache(1, 1 << 20))
-    largest = max(leaf.size for leaf in jax.tree.leaves(cache))
-    assert largest <= 2 * 5 * 2 * 8  # layers, window, KV heads, head size
+def test_the_published_cache_holds_what_a_list_does():
+    """Token by token, each row on its own, by the paper's words."""
+    config = small_config(attention=PUBLISHED, layers=1)
+    step, cache = extending(config, random_model(config)[1]), empty_cache(config, BATCH, LENGTH)
+    values, rows = {}, [[] for _ in range(BATCH)]
+    ends = [PUBLISHED.initial_tokens] * BATCH  # where each row's past window begins
+    for token in range(LENGTH):
+        filled = np.asarray(cache.layers[0].state.filled)
+        _, cache = step(TOKENS[:, token : token + 1], cache)
+        entries = cache.layers[0]
+        for row, kept in enumerate(rows):
+            kept.append(token)
+            # the values of a token of the only layer are the same wherever they are moved
+            if filled[row] + 1 <= PUBLISHED.cache_entries:
+                written = np.asarray(entries.arrays[0].values[row, filled[row]])
+                values[row, token] = written
+            if len(kept) > PUBLISHED.cache_entries:
+                local = len(kept) - PUBLISHED.window
+                past = kept[ends[row] : local]
+                separators = kept[PUBLISHED.initial_tokens : ends[row]]
+                separators += [t for t in past if TOKENS[row, t] in SEPARATORS]
+                separators = separators[-PUBLISHED.separators :]
+                kept[:] = kept[: PUBLISHED.initial_tokens] + separators + kept[local:]
+                ends[row] = PUBLISHED.initial_tokens + len(separators)
+            assert int(entries.state.filled[row]) == len(kept)
+            for slot, held in enumerate(kept):
+                if (row, held) in values:
+                    found = entries.arrays[0].values[row, slot]
+                    np.testing.assert_array_equal(found, values[row, held])
+    assert sum(len(kept) for kept in rows) < len(values)
+
+
+def test_the_published_cache_takes_chunks():
+    config = small_config(attention=PUBLISHED)
+    _, parameters = random_model(config)
+    outputs, _, _ = published(PUBLISHED, TOKENS)
+    step, cache = extending(config, parameters), empty_cache(config, BATCH, LENGTH)
+    counts = np.asarray([[30, 12, 30], [33, 0, 20]], np.int32)
+    at = np.zeros(BATCH, int)
+    for count in counts:
+        part = np.stack([np.roll(TOKENS[row], -first)[:33] for row, first in enumerate(at)])
+        found, cache = step(part, cache, count)
+        for row in np.flatnonzero(count):
+            close(found[row, : count[row]], outputs[row, at[row] : at[row] + count[row]])
+        at += count
+    np.testing.assert_array_equal(cache.length, at)
+
+
+@pytest.mark.parametrize("name", ["bounded", "compact"])
+def test_prefill_takes_memory_for_a_chunk_alone(name):
+    """The public SepCache holds the whole prompt."""
+    config = config_of(name)
+    parameters = jax.eval_shape(lambda given: cached_parameters(config, given), model(name)[1])
+
+    def extend(parameters, tokens, cache):
+        return CachedTransformer.of(config, parameters).extend(tokens, cache)
+
+    def bytes_of(capacity):
+        cache = jax.eval_shape(lambda: empty_cache(config, 1, capacity))
+        tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+        compiled = quick_jit(extend).lower(parameters, tokens, cache).compile()
+        memory = compiled.memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+
+    assert bytes_of(1 << 20) == bytes_of(32)
+
+
+def test_a_layers_cache_is_updated_in_place():
+    """No loop over layers hands caches on, which would copy them."""
+    config = config_of("dense")
+    parameters = jax.eval_shape(lambda given: cached_parameters(config, given), model("dense")[1])
+    cache = jax.eval_shape(lambda: empty_cache(config, 1, 1 << 16))
+
+    def extend(parameters, tokens, cache):
+        return CachedTransformer.of(config, parameters).extend(tokens, cache)
+
+    compiled = (
+        jax.jit(extend, donate_argnums=2)
+        .lower(parameters, jax.ShapeDtypeStruct((1, 1), jnp.int32), cache)
+        .compile()
+    )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
 
 
 @pytest.mark.parametrize(
@@ -408,6 +468,19 @@ def test_prefill_fits_in_the_cache():
             {"cache_entries": 66, "characters": ""},
             r"cache_entries = 66 is below .* = 3 \+ 0 \+ 64 = 67",
         ),
+        (
+            {"cache_entries": 99, "characters": "", "interval": 9},
+            "cache_entries = 99 needs a number for SeparatorAttention.sep",
+        ),
+        (
+            {"cache_entries": 99, "characters": "", "preset": "pythia"},
+            "cache_entries = 99 needs a number for SeparatorAttention.sep",
+        ),
+        (
+            {"cache_entries": 99, "characters": "", "separator_ids": (3,)},
+            "cache_entries = 99 needs a number for SeparatorAttention.sep",
+        ),
+        ({"preset": "pythia", "separator_ids": (3,)}, "are both given; keep one"),
     ],
 )
 def test_bad_sizes(fields, message):
@@ -415,39 +488,15 @@ def test_bad_sizes(fields, message):
         SeparatorAttention(**fields)
 
 
-def test_compact_positions_need_some_that_rotate():
-    config = small_config(attention=ATTENTIONS["compact"], positions=LearnedPositions(length=64))
+@pytest.mark.parametrize(
+    "positions",
+    [LearnedPositions(length=64), BilevelPositions(segment_length=5, separator_ids=SEPARATORS)],
+    ids=["learned", "bilevel"],
+)
+def test_compact_positions_need_a_place_that_is_rotated_by(positions):
+    config = small_config(attention=ATTENTIONS["compact"], positions=positions)
     graph, parameters = random_model(config)
     with pytest.raises(ConfigError, match="positions = 'compact' needs positions that rotate"):
         hidden(graph, parameters, TOKENS)
-
-
-def test_compact_distances_are_counts_of_what_is_attended():
-    """A row sees its entries as if they followed one another: naively, turned one by one."""
-    attention, rotary = ATTENTIONS["compact"], Rotary()
-    starts = documents(LENGTH, (0, 25), (0,), (0, 40))
-    random = np.random.default_rng(0)
-    queries, keys, values = (
-        jnp.asarray(random.normal(size=(BATCH, LENGTH, 2, 8)), jnp.float32) for _ in range(3)
-    )
-    positions = jnp.asarray(np.arange(LENGTH) - starts)
-
-    def turn(x, by):
-        return rotary.rotate(x, rotary.rotation(by, 8))
-
-    heads = Heads(turn(queries, positions), turn(keys, positions), values, turn)
-    sources = attention.sources(attention.plan(TOKENS, starts), heads, 0)
-    output, _ = range_attention(heads.queries, sources)
-
-    mask = naive_mask(attention, TOKENS, starts)
-    # entries attended after each one, up to the row
-    distance = np.cumsum(mask[..., ::-1], axis=-1)[..., ::-1] - mask
-    for row in (0, 5, 30, 62):
-        near = turn(
-            jnp.broadcast_to(keys[:, :, None], (BATCH, LENGTH, 1, 2, 8)).reshape(-1, 1, 2, 8),
-            -jnp.asarray(distance[:, row].reshape(-1, 1)),
-        ).reshape(BATCH, LENGTH, 2, 8)
-        scores = jnp.einsum("bhd,bjhd->bhj", queries[:, row], near, precision="highest")
-        scores = jnp.where(mask[:, row][:, None], scores * 8**-0.5, -jnp.inf)
-        expected = jnp.einsum("bhj,bjhd->bhd", jax.nn.softmax(scores, -1), values)
-        np.testing.assert_allclose(output[:, row], expected, atol=2e-5)
+    with pytest.raises(ConfigError, match="positions = 'compact' needs positions that rotate"):
+        extending(config, parameters)(TOKENS, empty_cache(config, BATCH, LENGTH))

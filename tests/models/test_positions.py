@@ -16,6 +16,7 @@ from seqeff.models import (
     LearnedPositions,
     NoPositions,
     Rotary,
+    empty_cache,
 )
 
 
@@ -136,12 +137,12 @@ def test_learned_positions_are_added_by_index_in_the_document():
 
 
 def test_a_row_longer_than_the_learned_positions():
-    graph, parameters = random_model(small_config(positions=LearnedPositions(length=12)))
-    model = nnx.merge(graph, parameters)
+    config = small_config(positions=LearnedPositions(length=12))
+    model = nnx.merge(*random_model(config))
     with pytest.raises(ConfigError, match=r"LearnedPositions.length = 12 is below the row's 13"):
         jax.eval_shape(model, random_tokens(1, 13))
     with pytest.raises(ConfigError, match=r"LearnedPositions.length = 12 is below the row's 20"):
-        jax.eval_shape(lambda: model.extend(random_tokens(1, 1), model.empty_cache(1, 20)))
+        empty_cache(config, 1, 20)
 
 
 @pytest.mark.parametrize(

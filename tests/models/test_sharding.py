@@ -1,6 +1,7 @@
 """Parameters and batch spread over eight devices against one device."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,21 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from model_cases import ATTENTIONS, documents, quick_jit, random_model, random_tokens, small_config
+from model_cases import (
+    ATTENTIONS,
+    documents,
+    extending,
+    quick_jit,
+    random_model,
+    random_tokens,
+    small_config,
+)
 
 from seqeff.models import (
     HeadProjections,
     LowRankLinear,
     cross_entropy_sums,
+    empty_cache,
     parameter_shardings,
 )
 
@@ -97,3 +107,19 @@ def test_loss_and_gradients_equal_those_of_one_device(one_device):
 def test_loss_where_the_key_heads_cannot_be_spread(one_device):
     loss = step(make_mesh(1, 2, 4), function_of=lambda loss: loss)
     np.testing.assert_allclose(loss, one_device[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (2, 1, 4)], ids=str)
+def test_decoding_equals_that_on_one_device(sizes):
+    """In chunks and by tokens; 4 devices do not divide the key heads."""
+    config = dataclasses.replace(CONFIG, attention=ATTENTIONS["compact"])
+    _, parameters, shardings = sharded(config, make_mesh(*sizes))
+    tokens = random_tokens(4, 24)
+    expected, _ = extending(config, parameters)(tokens, empty_cache(config, 4, 24))
+    with jax.set_mesh(make_mesh(*sizes)):
+        extend = extending(config, jax.device_put(parameters, shardings))
+        cache, outputs = empty_cache(config, 4, 24), []
+        for first, end in itertools.pairwise((0, 20, 21, 22, 23, 24)):
+            output, cache = extend(tokens[:, first:end], cache)
+            outputs.append(output)
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, atol=2e-5)

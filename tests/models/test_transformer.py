@@ -13,6 +13,7 @@ from model_cases import (
     SEPARATORS,
     VOCABULARY,
     documents,
+    extending,
     hidden,
     masked_attention,
     naive_mask,
@@ -22,7 +23,13 @@ from model_cases import (
     small_config,
 )
 
-from seqeff.models import DenseAttention, FeedForward, HeadProjections, NoPositions
+from seqeff.models import (
+    DenseAttention,
+    FeedForward,
+    HeadProjections,
+    NoPositions,
+    empty_cache,
+)
 
 BATCH, LENGTH = 3, 63
 TOKENS = random_tokens(BATCH, LENGTH)
@@ -106,11 +113,10 @@ def test_no_output_depends_on_other_documents(forward):
 
 @pytest.mark.parametrize("chunks", [(31, 31, 1), (1,) * 63], ids=["chunks", "tokens"])
 def test_decoding_with_caches_of_several_kinds_equals_the_whole_row(parts, forward, chunks):
-    graph, parameters = parts
-    extend = quick_jit(lambda parameters, *given: nnx.merge(graph, parameters).extend(*given))
-    cache, outputs = nnx.merge(graph, parameters).empty_cache(BATCH, LENGTH), []
+    extend = extending(CONFIG, parts[1])
+    cache, outputs = empty_cache(CONFIG, BATCH, LENGTH), []
     for first, end in itertools.pairwise(itertools.accumulate(chunks, initial=0)):
-        output, cache = extend(parameters, TOKENS[:, first:end], cache)
+        output, cache = extend(TOKENS[:, first:end], cache)
         outputs.append(output)
     np.testing.assert_array_equal(cache.length, LENGTH)
     whole = forward(TOKENS, ONE_DOCUMENT)

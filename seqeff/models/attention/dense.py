@@ -9,8 +9,9 @@ from typing import NamedTuple, Self
 from jaxtyping import Array, Int
 
 from seqeff.checks import check_types, require
-from seqeff.models.attention.protocol import Heads, take_rows
+from seqeff.models.attention.protocol import take_rows
 from seqeff.models.caches import BlockCache, CacheKind, TokenCache
+from seqeff.models.heads import Heads
 from seqeff_kernels.range_attention import TokenSource
 
 

@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, Self, overload, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, overload, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from seqeff.checks import ConfigError
+from seqeff.models.heads import Heads
 from seqeff_kernels.range_attention import Source
-
-
-class Heads(NamedTuple):
-    """A layer's queries, keys and values, rotated by their own positions.
-
-    Attributes:
-      turn: rotates queries or keys by so many positions more; None where positions do not rotate.
-    """
-
-    queries: Float[Array, "batch rows heads head_dim"]
-    keys: Float[Array, "batch length kv_heads head_dim"]
-    values: Float[Array, "batch length kv_heads head_dim"]
-    turn: Callable[[Array, Int[Array, "batch length"]], Array] | None = None
-
-    @property
-    def rows(self) -> int:
-        """How many rows attend."""
-        return self.queries.shape[1]
-
-
-def require_turn(heads: Heads) -> Callable[[Array, Int[Array, "batch length"]], Array]:
-    """What turns queries and keys.
-
-    Raises:
-      ConfigError: the model's positions do not rotate, so that nothing can be turned.
-    """
-    if heads.turn is None:
-        raise ConfigError(
-            "SeparatorAttention.positions = 'compact' needs positions that rotate, such as "
-            "TransformerConfig.positions = @Rotary()"
-        )
-    return heads.turn
 
 
 @runtime_checkable

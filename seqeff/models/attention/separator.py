@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Int
 
 from seqeff.checks import ConfigError, check_types, require
 from seqeff.models import separator_tokens
-from seqeff.models.attention.protocol import Heads, require_turn, take_rows
+from seqeff.models.attention.protocol import take_rows
 from seqeff.models.caches import BlockCache, CacheKind, PublishedCache
+from seqeff.models.heads import Heads
 from seqeff_kernels.range_attention import (
     PackedIndices,
     RangeSource,
@@ -108,18 +109,24 @@ class SeparatorAttention:
             self._check_cache(name, self.cache_entries)
 
     def _check_cache(self, name: str, entries: int) -> None:
-        without = self.characters == "" or self.separator_ids == ()
         require(
-            self.separators is not None or without,
-            f"{name}.cache_entries = {entries} needs a number for {name}.separators, or "
-            'characters = ""',
+            self.separators is not None or not self.might_keep,
+            f"{name}.cache_entries = {entries} needs a number for {name}.separators, or none to "
+            'keep: characters = ""',
         )
-        parts = (self.initial_tokens, 0 if without else self.separators or 0, self.window)
+        parts = (self.initial_tokens, self.separators or 0, self.window)
         require(
             sum(parts) <= entries,
             f"{name}.cache_entries = {entries} is below initial_tokens + separators + window = "
             f"{' + '.join(map(str, parts))} = {sum(parts)}",
         )
+
+    @property
+    def might_keep(self) -> bool:
+        """Whether tokens can be separators, as far as is known without a vocabulary."""
+        listed = self.preset is not None or bool(self.separator_ids)
+        found = self.separator_ids is None and bool(self.characters)
+        return self.interval is not None or listed or found
 
     def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
         """This config with `separator_ids` set, from the preset or from the tokens' text.
@@ -130,12 +137,7 @@ class SeparatorAttention:
         ids = separator_tokens.find(
             type(self).__name__, vocabulary, self.characters, self.preset, self.separator_ids
         )
-        return dataclasses.replace(self, separator_ids=ids)
-
-    @property
-    def keeps_separators(self) -> bool:
-        """Whether any token can be a separator."""
-        return bool(self.known_ids) or self.interval is not None
+        return dataclasses.replace(self, separator_ids=ids, preset=None)
 
     @property
     def known_ids(self) -> tuple[int, ...]:
@@ -151,10 +153,10 @@ class SeparatorAttention:
             )
         return self.separator_ids
 
-    def are_kept(
+    def are_separators(
         self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"]
     ) -> Bool[Array, "batch length"]:
-        """Which tokens are separators, initial ones or not; positions are those in the document."""
+        """Which tokens are; the first of them may be initial too. Positions: in the document."""
         found = separator_tokens.are_separators(self.known_ids, tokens)
         return found if self.interval is None else found | (positions % self.interval == 0)
 
@@ -165,28 +167,29 @@ class SeparatorAttention:
         starts = jnp.zeros_like(tokens) if document_start is None else document_start
         positions = token - starts
         real = positions >= 0
-        separators = self.are_kept(tokens, positions) & real
+        separators = self.are_separators(tokens, positions) & real
         counted_from = starts if self.initial_of == "document" else starts[:, :1]
         initial = (token - counted_from < self.initial_tokens) & real & (token >= counted_from)
         if self.separators is None:
             masks = {"all": initial | separators}
         else:
             masks = {"initial": initial, "separators": separators & ~initial}
-        if not self.keeps_separators:
+        if not self.might_keep:
             masks = {"initial": initial}
         if self.initial_tokens == 0:
             masks.pop("initial", None)
         lists = []
         for kind, mask in masks.items():
-            whole_row = document_start is None and kind == "initial"
-            packed = pack(mask, self.initial_tokens if whole_row else None)
+            # else each document of a row has its own
+            once = document_start is None or self.initial_of == "row"
+            packed = pack(mask, self.initial_tokens if kind == "initial" and once else None)
             start = _through(packed, starts - 1)
             end = _through(packed, token - self.window)
             if kind == "separators" and self.separators is not None:
                 start = jnp.maximum(start, end - self.separators)
             lists.append(Kept(packed, start, end))
         if self.positions == "compact":
-            lists = self._compact(lists, positions)
+            lists = self._compact(lists, positions, ranked="initial" not in masks)
         return SeparatorPlan(tuple(lists), document_start)
 
     def sources(
@@ -198,10 +201,11 @@ class SeparatorAttention:
         made: list[Source] = []
         for kept in plan.kept:
             keys, queries = heads.keys, None
-            if kept.keys_turn is not None and kept.queries_turn is not None:
-                turn = require_turn(heads)
-                keys = turn(keys, kept.keys_turn)
-                queries = turn(heads.queries, take_rows(kept.queries_turn, first_row, heads.rows))
+            if kept.keys_turn is not None:
+                keys = heads.turned(keys, kept.keys_turn)
+            if kept.queries_turn is not None:
+                by = take_rows(kept.queries_turn, first_row, heads.rows)
+                queries = heads.turned(heads.queries, by)
             made.append(
                 RangeSource(
                     keys,
@@ -224,31 +228,40 @@ class SeparatorAttention:
     def cache(self) -> CacheKind:
         """Rings of the separators and of the window, or the published cache."""
         compact = self.positions == "compact"
-        kept = self.separators if self.keeps_separators else 0
+        ring = self.separators if self.might_keep else 0
         if self.cache_entries is None:
-            return BlockCache(self.window, self.initial_tokens, kept, self, compact)
+            return BlockCache(self.window, self.initial_tokens, ring, self, compact)
         return PublishedCache(
             local=self.window,
             initial=self.initial_tokens,
-            separators=kept or 0,
+            separators=ring or 0,
             entries_limit=self.cache_entries,
             chooser=self,
             compact=compact,
         )
 
-    def _compact(self, lists: Sequence[Kept], positions: Int[Array, "batch length"]) -> list[Kept]:
-        """Turns that put the lists one after another, right before the window."""
+    def _compact(
+        self, lists: Sequence[Kept], positions: Int[Array, "batch length"], ranked: bool
+    ) -> list[Kept]:
+        """Turns that put the lists one after another, right before the window.
+
+        A list of initial tokens alone, the first unless all are `ranked`, has its own already.
+        """
         placed = []
         # entries between a list's last visible one and the query
         between = jnp.minimum(self.window, positions + 1) - 1
-        for kept in reversed(lists):
+        for index, kept in reversed(list(enumerate(lists))):
+            visible = jnp.maximum(kept.end - kept.start, 0)
+            if index == 0 and not ranked:
+                placed.append(kept._replace(queries_turn=visible + between - positions))
+                continue
             placed.append(
                 kept._replace(
                     keys_turn=kept.packed.count - 1 - positions,
                     queries_turn=kept.end + between - positions,
                 )
             )
-            between = between + jnp.maximum(kept.end - kept.start, 0)
+            between = between + visible
         return placed[::-1]
 
 

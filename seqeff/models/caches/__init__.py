@@ -8,7 +8,7 @@ from seqeff.models.caches.protocol import (
     Sizes,
     kind_of,
     replace_rows,
-    take_rows,
+    select_rows,
 )
 from seqeff.models.caches.published import PublishedCache
 from seqeff.models.caches.whole import TokenCache, WholeCache
@@ -24,5 +24,5 @@ __all__ = [
     "WholeCache",
     "kind_of",
     "replace_rows",
-    "take_rows",
+    "select_rows",
 ]

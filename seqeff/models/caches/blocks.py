@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqeff.models.attention.attend import attend, attend_blocks
-from seqeff.models.attention.protocol import Heads, require_turn
+from seqeff.models.attend import attend, attend_blocks
 from seqeff.models.caches.protocol import Sizes, pick
 from seqeff.models.caches.whole import KeysValues
+from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import (
     Backend,
@@ -105,27 +106,27 @@ class Far(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockCache:
-    """The first `initial` tokens, the last `kept` of those chosen, and the last `window`.
+    """The first `initial` tokens, the last `ring` of those chosen, and the last `window`.
 
     A token that leaves the window joins the ring of the kept ones, or is gone. Decoding with it
     gives what the attention gives over whole rows.
 
     Attributes:
-      kept: slots of the ring; None: as many as the capacity, so that none is overwritten; 0: none.
-      chooser: has `are_kept(tokens, positions)`, as `SeparatorAttention` has.
+      ring: slots for kept tokens; None: as many as the capacity, so that none is overwritten.
+      chooser: says by `are_separators(tokens, positions)` which tokens are kept.
       compact: kept and initial tokens take the positions right before the window.
     """
 
     window: int
     initial: int = 0
-    kept: int | None = 0
+    ring: int | None = 0
     chooser: Any = None
     compact: bool = False
     most_rows: int | None = None
 
     @property
     def grows(self) -> bool:
-        return self.kept is None
+        return self.ring is None
 
     def empty(self, sizes: Sizes) -> tuple[BlocksState, Blocks]:
         # arrays of their own, which can be donated
@@ -148,6 +149,9 @@ class BlockCache:
             return self._attend_one(step, arrays, heads, backend)
         return self._attend_many(step, arrays, heads, backend)
 
+    def settle(self, step: OneToken | ManyTokens, arrays: Sequence[Blocks]) -> Sequence[Blocks]:
+        return arrays
+
     def read(self, step: OneToken | ManyTokens, rows: int) -> Int[Array, "batch rows"]:
         if isinstance(step, OneToken):
             filled = step.initial_filled + step.kept_filled + step.window_filled
@@ -157,18 +161,18 @@ class BlockCache:
         return step.initial_end + kept + jnp.minimum(token + 1, self.window)
 
     def resident(self, state: BlocksState) -> Int[Array, " batch"]:
-        kept = state.kept if self.kept is None else jnp.minimum(state.kept, self.kept)
+        kept = state.kept if self.ring is None else jnp.minimum(state.kept, self.ring)
         initial = jnp.clip(state.length - self.window, 0, self.initial)
         return initial + kept + jnp.minimum(state.length, self.window)
 
     def _slots(self, capacity: int) -> int:
-        return capacity if self.kept is None else self.kept
+        return capacity if self.ring is None else self.ring
 
-    def _are_kept(self, tokens: Array, index: Array) -> Array:
+    def _joins(self, tokens: Array, index: Array) -> Array:
         """Which tokens join the ring when they leave the window; `index` is theirs in the row."""
-        if self.kept == 0:
+        if self.ring == 0:
             return jnp.zeros(tokens.shape, bool)
-        return self.chooser.are_kept(tokens, index) & (index >= self.initial)
+        return self.chooser.are_separators(tokens, index) & (index >= self.initial)
 
     def _begin_one(
         self, state: BlocksState, tokens: Array, count: Array
@@ -185,10 +189,10 @@ class BlockCache:
             leaves=leaves,
             rank=state.kept,
             initial_filled=jnp.clip(now - self.window, 0, self.initial),
-            kept_filled=kept if self.kept is None else jnp.minimum(kept, self.kept),
+            kept_filled=kept if self.ring is None else jnp.minimum(kept, self.ring),
             window_filled=jnp.minimum(now, self.window),
         )
-        keeps = self._are_kept(tokens, length[:, None])
+        keeps = self._joins(tokens, length[:, None])
         keeps = jnp.where((jnp.arange(self.window) == slot) & real[:, None], keeps, state.keeps)
         return step, BlocksState(now, kept, keeps)
 
@@ -201,14 +205,13 @@ class BlockCache:
         # entries between the last of a block and the query
         between = step.window_filled - 1
         blocks = []
-        if self.kept != 0:
+        if self.ring != 0:
             moved, queries = window.pick(slot), None
             if self.compact:
-                turn = require_turn(heads)
-                leaving = step.token - self.window
-                moved = moved._replace(keys=turn(moved.keys, (step.rank - leaving)[:, None]))
-                after = step.rank + step.leaves
-                queries = turn(heads.queries, (after + between - step.token)[:, None])
+                by = (step.rank - (step.token - self.window))[:, None]
+                moved = moved._replace(keys=heads.turned(moved.keys, by))
+                by = (step.rank + step.leaves + between - step.token)[:, None]
+                queries = heads.turned(heads.queries, by)
                 between += step.kept_filled
             ring = (step.rank % kept.keys.shape[1])[:, None]
             kept = kept.put(ring, moved, step.leaves[:, None])
@@ -217,8 +220,8 @@ class BlockCache:
             is_initial = step.real & (step.token < self.initial)
             initial, queries = initial.put(step.token[:, None], new, is_initial[:, None]), None
             if self.compact:
-                before = step.initial_filled + between - step.token
-                queries = require_turn(heads)(heads.queries, before[:, None])
+                by = (step.initial_filled + between - step.token)[:, None]
+                queries = heads.turned(heads.queries, by)
             blocks.append(CacheBlock(*initial, step.initial_filled, queries))
         window = window.put(slot, new, step.real[:, None])
         blocks.append(CacheBlock(*window, step.window_filled))
@@ -233,7 +236,7 @@ class BlockCache:
         nearest_slot = index[:, :window] % window
         new_index = index[:, window:]
         keeps = jnp.concatenate(
-            [pick(state.keeps, nearest_slot), self._are_kept(tokens, new_index)], axis=1
+            [pick(state.keeps, nearest_slot), self._joins(tokens, new_index)], axis=1
         )
         keeps &= (index >= 0) & (index < length + counts)
         now = length + counts
@@ -246,7 +249,7 @@ class BlockCache:
             nearest_start=window - jnp.minimum(state.length, window),
             last=last,
             initial_end=jnp.clip(new_index - window + 1, 0, self.initial),
-            far=None if self.kept == 0 else self._far(state.kept, keeps, count, rows),
+            far=None if self.ring == 0 else self._far(state.kept, keeps, count, rows),
         )
         # the nearest up to i leave the window with row i
         leaving = (keeps & (jnp.arange(window + rows) < counts)).sum(1, dtype=jnp.int32)
@@ -259,9 +262,9 @@ class BlockCache:
         rank = before + order - 1
         rank_end = before + order[:, :rows]
         leaves = keeps & (jnp.arange(keeps.shape[1]) < count[:, None])
-        if self.kept is None:
+        if self.ring is None:
             return Far(rank, jnp.zeros_like(rank_end), rank_end, rank_end, leaves)
-        slots = self.kept
+        slots = self.ring
         ring_rank = before - slots + jnp.arange(slots)
         packed = pack(jnp.concatenate([ring_rank >= 0, keeps], axis=1))
         base = jnp.maximum(before - slots, 0)
@@ -299,7 +302,8 @@ class BlockCache:
             source, kept = self._far_source(step, kept, nearest, heads)
             queries = None
             if self.compact:
-                queries = require_turn(heads)(heads.queries, far.rank_end + between - token)
+                by = far.rank_end + between - token
+                queries = heads.turned(heads.queries, by)
                 between += far.end - far.start
             sources.append(dataclasses.replace(source, queries=queries))
         if self.initial:
@@ -307,7 +311,8 @@ class BlockCache:
             initial = initial.put(token, new, real & (token < self.initial))
             queries = None
             if self.compact:
-                queries = require_turn(heads)(heads.queries, step.initial_end + between - token)
+                by = step.initial_end + between - token
+                queries = heads.turned(heads.queries, by)
             none = jnp.zeros_like(step.initial_end)
             sources.append(RangeSource(*initial, none, step.initial_end, queries))
         sources.append(
@@ -329,7 +334,8 @@ class BlockCache:
         assert far is not None
         if self.compact:
             index = step.first[:, None] - self.window + jnp.arange(nearest.keys.shape[1])
-            nearest = nearest._replace(keys=require_turn(heads)(nearest.keys, far.rank - index))
+            turned = heads.turned(nearest.keys, far.rank - index)
+            nearest = nearest._replace(keys=turned)
         if far.packed is None or far.ring_slot is None or far.ring_from is None:
             ring = ring.put(far.rank, nearest, far.leaves)
             return RangeSource(*ring, far.start, far.end), ring

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
-from seqeff.models.attention.protocol import Heads
+from seqeff.models.heads import Heads
 from seqeff_kernels.range_attention import Backend
 
 
@@ -31,9 +32,9 @@ class CacheKind(Protocol):
     """How the layers of one attention remember.
 
     A kind is static: a frozen dataclass. Its `state` is what all those layers share, such as how
-    many tokens there are, with the batch as the first axis of every array; its `arrays` are a
-    layer's own keys and values, with the batch first too. Rows of the batch never mix, so a row
-    can be moved or replaced by moving its part of every array.
+    many tokens there are; its `arrays` are a layer's own keys and values. The batch is the first
+    axis of every array, and its rows never mix, so a row can be moved or replaced by moving its
+    part of every array.
     """
 
     @property
@@ -69,6 +70,10 @@ class CacheKind(Protocol):
         """
         ...
 
+    def settle(self, step: Any, arrays: Sequence[Any]) -> Sequence[Any]:
+        """The arrays of all the layers, once all have attended; most kinds have nothing to do."""
+        ...
+
     def read(self, step: Any, rows: int) -> Int[Array, "batch rows"]:
         """How many entries of a layer each new token attends, itself included."""
         ...
@@ -88,18 +93,34 @@ class CachedAttention(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayersCache:
-    """The cache of neighbouring layers that attend alike; their arrays are stacked."""
+    """The cache of neighbouring layers that attend alike; each layer has arrays of its own."""
 
     state: Any
-    arrays: Any
+    arrays: tuple[Any, ...]
     kind: CacheKind = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(cls, kind: CacheKind, layers: int, sizes: Sizes) -> LayersCache:
         """Of rows without tokens."""
-        state, arrays = kind.empty(sizes)
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), arrays)
-        return cls(state, stacked, kind)
+        state, _ = kind.empty(sizes)
+        return cls(state, tuple(kind.empty(sizes)[1] for _ in range(layers)), kind)
+
+    def entries(
+        self, tokens: Int[Array, "batch rows"], count: Int[Array, " batch"]
+    ) -> tuple[Int[Array, "batch rows"], Int[Array, " batch"]]:
+        """Entries of a layer that further tokens read, and the most that it holds meanwhile."""
+        rows = tokens.shape[1]
+        if rows == 1 or self.kind.most_rows != 1:
+            step, state = self.kind.begin(self.state, tokens, count)
+            return self.kind.read(step, rows), self.kind.resident(state)
+
+        def take(state: Any, token: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
+            index, ids = token
+            step, state = self.kind.begin(state, ids[:, None], (index < count).astype(jnp.int32))
+            return state, (self.kind.read(step, 1)[:, 0], self.kind.resident(state))
+
+        _, (read, resident) = jax.lax.scan(take, self.state, (jnp.arange(rows), tokens.T))
+        return read.T, resident.max(0)
 
 
 def kind_of(attention: Any) -> CacheKind:
@@ -129,33 +150,11 @@ def pick(
     return jnp.take_along_axis(array, slot, axis=1, mode="promise_in_bounds")
 
 
-def take_rows(cache: Any, rows: Int[Array, " rows"]) -> Any:
+def select_rows(cache: Any, rows: Int[Array, " rows"]) -> Any:
     """The cache with these rows of the batch, in this order; of a model's or of some layers."""
-    return _over_rows(lambda axis, x: jnp.take(x, rows, axis=axis), cache)
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), cache)
 
 
 def replace_rows(cache: Any, rows: Int[Array, " rows"], others: Any) -> Any:
     """The cache with its rows replaced by those of another that has as many."""
-
-    def replace(axis: int, x: Array, other: Array) -> Array:
-        return x.at[(slice(None),) * axis + (rows,)].set(other)
-
-    return _over_rows(replace, cache, others)
-
-
-def _over_rows(function: Any, *caches: Any) -> Any:
-    """Applies a function to every array, and the axis of its batch."""
-
-    def is_layers(x: Any) -> bool:
-        return isinstance(x, LayersCache)
-
-    def apply(*parts: Any) -> Any:
-        if not is_layers(parts[0]):
-            return function(0, *parts)
-        return dataclasses.replace(
-            parts[0],
-            state=jax.tree.map(lambda *x: function(0, *x), *(part.state for part in parts)),
-            arrays=jax.tree.map(lambda *x: function(1, *x), *(part.arrays for part in parts)),
-        )
-
-    return jax.tree.map(apply, *caches, is_leaf=is_layers)
+    return jax.tree.map(lambda x, other: x.at[rows].set(other), cache, others)

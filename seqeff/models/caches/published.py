@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqeff.models.attention.attend import attend_blocks
-from seqeff.models.attention.protocol import Heads, require_turn
+from seqeff.models.attend import attend_blocks
 from seqeff.models.caches.protocol import Sizes, put
 from seqeff.models.caches.whole import KeysValues
+from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import Backend, pack
 
@@ -84,7 +85,7 @@ class PublishedCache:
         separates = put(
             state.separates,
             state.filled[:, None],
-            self.chooser.are_kept(tokens, length),
+            self.chooser.are_separators(tokens, length),
             real[:, None],
         )
         filled = state.filled + real
@@ -114,19 +115,26 @@ class PublishedCache:
     ) -> tuple[Float[Array, "batch 1 heads head_dim"], KeysValues]:
         keys, queries, length = heads.keys, heads.queries, step.length[:, None]
         if self.compact:
-            turn = require_turn(heads)
-            keys = turn(keys, -length)
-            queries = turn(queries, step.slot[:, None] - length)
+            keys = heads.turned(keys, -length)
+            queries = heads.turned(queries, step.slot[:, None] - length)
         new = KeysValues(keys, heads.values)
         arrays = arrays.put(step.slot[:, None], new, step.real[:, None])
         keys = arrays.keys
         if self.compact:
-            entry = jnp.arange(keys.shape[1], dtype=jnp.int32)
-            keys = require_turn(heads)(keys, jnp.broadcast_to(entry, keys.shape[:2]))
+            entry = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
+            keys = heads.turned(keys, entry)
         block = CacheBlock(keys, arrays.values, step.slot + step.real)
-        output = attend_blocks(queries, [block], backend)
-        moved = jax.lax.cond(step.evicts.any(), self._move, lambda _, x: x, step, arrays)
-        return output, moved
+        return attend_blocks(queries, [block], backend), arrays
+
+    def settle(self, step: PublishedStep, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
+        """Moves the entries of rows that evict, for all layers at once."""
+
+        def move(arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
+            slot = jnp.arange(step.moves.shape[1])
+            moves = jnp.where(step.evicts[:, None], step.moves, slot)
+            return tuple(layer.pick(moves) for layer in arrays)
+
+        return jax.lax.cond(step.evicts.any(), move, lambda arrays: arrays, tuple(arrays))
 
     def read(self, step: PublishedStep, rows: int) -> Int[Array, "batch 1"]:
         del rows
@@ -134,7 +142,3 @@ class PublishedCache:
 
     def resident(self, state: PublishedState) -> Int[Array, " batch"]:
         return state.filled
-
-    def _move(self, step: PublishedStep, arrays: KeysValues) -> KeysValues:
-        entry = jnp.arange(arrays.keys.shape[1])
-        return arrays.pick(jnp.where(step.evicts[:, None], step.moves, entry))

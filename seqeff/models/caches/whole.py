@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seqeff.models.attention.attend import attend, attend_blocks
-from seqeff.models.attention.protocol import Heads
+from seqeff.models.attend import attend, attend_blocks
 from seqeff.models.caches.protocol import Sizes, pick, put
+from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import Backend, TokenSource
 
@@ -43,6 +43,7 @@ class Appended(NamedTuple):
     plan: Any
     length: Int[Array, " batch"]
     count: Int[Array, " batch"]
+    capacity: int
 
     def put(self, arrays: KeysValues, heads: Heads) -> KeysValues:
         """The arrays with the new tokens."""
@@ -75,7 +76,8 @@ class WholeCache:
     ) -> tuple[Appended, History]:
         slot, real = _places(state.length, count, tokens.shape[1])
         seen = put(state.tokens, slot, tokens, real)
-        step = Appended(self.attention.plan(seen, None), state.length, count)
+        plan = self.attention.plan(seen, None)
+        step = Appended(plan, state.length, count, seen.shape[1])
         return step, History(seen, state.length + count)
 
     def attend(
@@ -86,8 +88,11 @@ class WholeCache:
         sources = self.attention.sources(step.plan, all_heads, step.length)
         return attend(heads.queries, sources, backend), arrays
 
+    def settle(self, step: Appended, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
+        return arrays
+
     def read(self, step: Appended, rows: int) -> Int[Array, "batch rows"]:
-        capacity = jax.tree.leaves(step.plan)[0].shape[1]
+        capacity = step.capacity
         batch = step.length.shape[0]
         queries = jnp.zeros((batch, rows, 1, 1), jnp.float32)
         entries = jnp.zeros((batch, capacity, 1, 1), jnp.float32)
@@ -118,7 +123,7 @@ class TokenCache:
         tokens: Int[Array, "batch rows"],
         count: Int[Array, " batch"],
     ) -> tuple[Appended, Int[Array, " batch"]]:
-        return Appended(None, state, count), state + count
+        return Appended(None, state, count, 0), state + count
 
     def attend(
         self, step: Appended, arrays: KeysValues, heads: Heads, backend: Backend
@@ -129,6 +134,9 @@ class TokenCache:
             return attend_blocks(heads.queries, [block], backend), arrays
         source = TokenSource(*arrays, row_offset=step.length)
         return attend(heads.queries, [source], backend), arrays
+
+    def settle(self, step: Appended, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
+        return arrays
 
     def read(self, step: Appended, rows: int) -> Int[Array, "batch rows"]:
         return step.length[:, None] + 1 + jnp.arange(rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -22,25 +23,62 @@ def attend(
 ) -> Float[Array, "batch rows heads head_dim"]:
     """The output of `range_attention`.
 
-    Its kernels are whole programs to the compiler, which could only gather their operands on every
-    device.
+    Raises:
+      ConfigError: the backend asked for cannot serve; says why.
+    """
+
+    def local(queries: Array, sources: Sequence[Source]) -> Array:
+        if backend != "auto":
+            _require_available(backend, explain(queries, sources)[backend])
+        return range_attention(queries, sources, backend=backend)[0]
+
+    return _over_mesh(local, queries, sources)
+
+
+def attend_blocks(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: Sequence[CacheBlock],
+    backend: Backend,
+) -> Float[Array, "batch rows heads head_dim"]:
+    """The output of `decode_attention`, by the backend of that name if it has one.
 
     Raises:
       ConfigError: the backend asked for cannot serve; says why.
     """
+
+    def local(queries: Array, blocks: Sequence[CacheBlock]) -> Array:
+        answers = {} if backend == "auto" else explain_blocks(queries, blocks)
+        if backend not in answers:
+            return decode_attention(queries, blocks)[0]
+        _require_available(backend, answers[backend])
+        return decode_attention(queries, blocks, backend=backend)[0]  # pyright: ignore[reportArgumentType]
+
+    return _over_mesh(local, queries, blocks)
+
+
+def _over_mesh(
+    attend: Callable[[Array, Any], Array],
+    queries: Float[Array, "batch rows heads head_dim"],
+    lists: Sequence[Source] | Sequence[CacheBlock],
+) -> Float[Array, "batch rows heads head_dim"]:
+    """Calls `attend` with each device's part of the batch and of the heads.
+
+    Its kernels are whole programs to the compiler, which could only gather their operands on every
+    device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _attend(queries, sources, backend)
+        return attend(queries, lists)
     batch = batch_axes(mesh, queries.shape[0])
-    heads = head_axis(mesh, sources[0].keys.shape[2])
-    leaves, structure = jax.tree.flatten(sources)
-    # sources that share an array keep sharing it, and what is known while tracing stays so
+    heads = head_axis(mesh, lists[0].keys.shape[2])
+    leaves, structure = jax.tree.flatten(lists)
+    # lists that share an array keep sharing it, and what is known while tracing stays so
     arrays = {id(leaf): leaf for leaf in leaves if isinstance(leaf, jax.Array)}
 
     def local(queries: Array, *parts: Array) -> Array:
         local_of = dict(zip(arrays, parts, strict=True))
         mine = jax.tree.unflatten(structure, [local_of.get(id(leaf), leaf) for leaf in leaves])
-        return _attend(queries, mine, backend)
+        return attend(queries, mine)
 
     by_rank = {
         4: PartitionSpec(batch, None, heads),  # queries, keys, values
@@ -55,31 +93,6 @@ def attend(
         out_specs=by_rank[4],
         check_vma=False,
     )(queries, *arrays.values())
-
-
-def attend_blocks(
-    queries: Float[Array, "batch rows heads head_dim"],
-    blocks: Sequence[CacheBlock],
-    backend: Backend,
-) -> Float[Array, "batch rows heads head_dim"]:
-    """The output of `decode_attention`, by the backend of that name if it has one.
-
-    Raises:
-      ConfigError: the backend asked for cannot serve; says why.
-    """
-    chosen = "auto"
-    if backend != "auto":
-        answers = explain_blocks(queries, blocks)
-        if backend in answers:
-            _require_available(backend, answers[backend])
-            chosen = backend
-    return decode_attention(queries, blocks, backend=chosen)[0]  # pyright: ignore[reportArgumentType]
-
-
-def _attend(queries: Array, sources: Sequence[Source], backend: Backend) -> Array:
-    if backend != "auto":
-        _require_available(backend, explain(queries, sources)[backend])
-    return range_attention(queries, sources, backend=backend)[0]
 
 
 def _require_available(backend: Backend, answer: str) -> None:

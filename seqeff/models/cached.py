@@ -1,0 +1,145 @@
+"""The model that takes its tokens a few at a time: for decoding, and for texts without end."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seqeff.models.caches import CacheKind, LayersCache, Sizes, kind_of
+from seqeff.models.heads import Heads
+from seqeff.models.positions import Rotation
+from seqeff.models.transformer import LanguageModel, Layer, TransformerConfig
+
+
+class Cache(NamedTuple):
+    """What a model remembers of rows while it decodes. A row is one document.
+
+    The batch is the first axis of every array (`caches.select_rows`, `caches.replace_rows`).
+
+    Attributes:
+      length: tokens so far.
+      located: what the positions carry on.
+      layers: of each run of layers that attend alike.
+    """
+
+    length: Int[Array, " batch"]
+    located: Any
+    layers: tuple[LayersCache, ...]
+
+
+def empty_cache(config: TransformerConfig, batch: int, capacity: int) -> Cache:
+    """A cache of rows without tokens, for up to `capacity` of them where it grows.
+
+    Raises:
+      ConfigError: the positions' table is shorter.
+    """
+    config.require_positions(capacity)
+    heads = config.projections
+    sizes = Sizes(batch, capacity, heads.groups(), heads.size(config.width), config.dtype)
+    layers = tuple(
+        LayersCache.empty(kind_of(attention), end - first, sizes)
+        for attention, first, end in config.runs()
+    )
+    return Cache(jnp.zeros(batch, jnp.int32), config.positions.carry(batch), layers)
+
+
+def cached_parameters(config: TransformerConfig, parameters: Any) -> Any:
+    """Parameters of a `CachedTransformer` from those of the `Transformer`, as pure dicts.
+
+    Each layer has its own, and matrices are of the activations' type, in which they are multiplied:
+    a step that takes one token is bound by reading them.
+    """
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(config.dtype) if x.ndim >= 2 else x
+
+    layers = {
+        layer: jax.tree.map(operator.itemgetter(layer), parameters["layers"])
+        for layer in range(config.layers)
+    }
+    return jax.tree.map(cast, {**parameters, "layers": layers})
+
+
+class CachedTransformer(LanguageModel):
+    """Tokens and a cache to final hidden states and the cache with them.
+
+    Every layer has parameters and a cache of its own, so that caches are updated in place.
+    """
+
+    def make_layers(self, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List[Layer]:
+        return nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+
+    @classmethod
+    def of(cls, config: TransformerConfig, parameters: Any) -> CachedTransformer:
+        """The model with given `cached_parameters`."""
+        graph = nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(0))))[0]
+        return nnx.merge(graph, parameters)
+
+    def extend(
+        self,
+        tokens: Int[Array, "batch rows"],
+        cache: Cache,
+        count: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch rows width"], Cache]:
+        """Final hidden states of tokens that follow the cache's, and the cache with them in it.
+
+        Args:
+          count: how many of each row's tokens are real; what follows them is passed over, and its
+            states are of no meaning. None: all.
+
+        The caller keeps `cache.length + count` within the capacity, where a cache grows.
+        """
+        batch, rows = tokens.shape
+        count = jnp.full(batch, rows, jnp.int32) if count is None else count
+        if rows == 1 or all(layers.kind.most_rows != 1 for layers in cache.layers):
+            return self._extend(tokens, cache, count)
+
+        def step(cache: Cache, token: tuple[Array, Array]) -> tuple[Cache, Array]:
+            index, ids = token
+            states, cache = self._extend(ids[:, None], cache, (index < count).astype(jnp.int32))
+            return cache, states[:, 0]
+
+        cache, states = jax.lax.scan(step, cache, (jnp.arange(rows), tokens.T))
+        return jnp.swapaxes(states, 0, 1), cache
+
+    def _extend(self, tokens: Array, cache: Cache, count: Array) -> tuple[Array, Cache]:
+        config = self.config
+        index = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        located, carried = config.positions.locate(tokens, index, cache.located, count)
+        x, rotation = self.embed(tokens, located)
+        runs = []
+        for (_, first, _), run in zip(config.runs(), cache.layers, strict=True):
+            kind = run.kind
+            step, state = kind.begin(run.state, tokens, count)
+            after = []
+            for layer, arrays in enumerate(run.arrays, first):
+                x, arrays = self._layer(layer, x, rotation, kind, step, arrays)
+                after.append(arrays)
+            arrays = tuple(kind.settle(step, after))
+            runs.append(dataclasses.replace(run, state=state, arrays=arrays))
+        return self.final_norm(x), Cache(cache.length + count, carried, tuple(runs))
+
+    def _layer(
+        self,
+        layer: int,
+        x: jax.Array,
+        rotation: Rotation | None,
+        kind: CacheKind,
+        step: Any,
+        arrays: Any,
+    ) -> tuple[jax.Array, Any]:
+        """A layer's output, and its arrays with the new tokens."""
+
+        def attend(heads: Heads) -> jax.Array:
+            nonlocal arrays
+            attended, arrays = kind.attend(step, arrays, heads, self.config.attention_backend)
+            return attended
+
+        x = self.layers[layer](x, attend, rotation)
+        return x, arrays
