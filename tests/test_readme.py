@@ -1,8 +1,16 @@
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
+PAGES = [
+    REPOSITORY / "README.md",
+    *sorted((REPOSITORY / "experiments").rglob("README.md")),
+    *sorted((REPOSITORY / "kernels").rglob("README.md")),
+]
 
 
 def test_the_table_of_training_speed_is_the_measurement():
@@ -18,3 +26,12 @@ def test_every_file_that_the_readme_links_exists():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert links
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_commands_can_be_pasted_into_a_shell(page):
+    for block in re.findall(
+        r"```(?:bash|sh)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+    ):
+        checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
+        assert not checked.stderr, block

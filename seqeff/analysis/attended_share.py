@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from seqeff.checks import ConfigError
@@ -14,6 +16,9 @@ def attended_share(attention: Attention, length: int, density: float = 0.0) -> f
     A row attends its window, the initial tokens before it, and of the tokens between these two a
     fraction `density`, in the mean, or at most `SeparatorAttention.separators` of them. Source:
     SepLLM (arXiv 2412.12094), Table 3, which this reproduces with a density of 0.1152.
+
+    Args:
+      density: of the separators that are found by text or id; those of an `interval` come on top.
 
     Raises:
       ConfigError: the attention is not one of these, or the density no fraction.
@@ -28,9 +33,10 @@ def attended_share(attention: Attention, length: int, density: float = 0.0) -> f
             before = np.maximum(row + 1 - attention.window, 0)
             initial = np.minimum(before, attention.initial_tokens)
             between = before - initial
-            kept = density * between
+            kept_density = _kept_density(attention, density)
+            kept = kept_density * between
             if attention.separators is not None:
-                most = _expected_minimum(length, density, attention.separators)
+                most = _expected_minimum(length, kept_density, attention.separators)
                 kept = most[between]
             attended = np.minimum(row + 1, attention.window) + initial + kept
         case _:
@@ -42,6 +48,14 @@ def model_attended_share(config: TransformerConfig, length: int, density: float 
     """The mean of `attended_share` over the layers of a model."""
     shares = [attended_share(attention, length, density) for attention in config.attentions()]
     return sum(shares) / len(shares)
+
+
+def _kept_density(attention: SeparatorAttention, density: float) -> float:
+    """The fraction of tokens that count as separators, by text or by an interval."""
+    found = density if dataclasses.replace(attention, interval=None).might_keep else 0.0
+    if attention.interval is None:
+        return found
+    return 1 - (1 - found) * (1 - 1 / attention.interval)
 
 
 def _expected_minimum(most: int, density: float, limit: int) -> np.ndarray:

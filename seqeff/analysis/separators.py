@@ -71,8 +71,10 @@ def describe(path: Path, files: Sequence[Path]) -> str:
     for name, (characters, preset) in lists.items():
         try:
             ids = separator_tokens.find("SeparatorAttention", vocabulary, characters, preset=preset)
-        except ConfigError:
-            # the list of another tokenizer
+        except ConfigError as error:
+            # a preset may be the list of another tokenizer
+            if preset is None:
+                lines += ["", str(error)]
             continue
         lines += ["", f"{name}: {len(ids)} separators", *_listed(vocabulary, ids, counts, files)]
     return "\n".join(lines)

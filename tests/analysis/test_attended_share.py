@@ -42,6 +42,16 @@ def test_the_papers_models(window, dense_layers, percent):
     assert round(100 * model_attended_share(config, 2048, PILE), 2) == percent
 
 
+def test_only_what_is_kept_counts():
+    """A density changes nothing without separators, and an interval adds its own."""
+    streaming = dataclasses.replace(SEPLLM, separator_ids=())
+    assert attended_share(streaming, 500, 0.3) == attended_share(streaming, 500)
+    fixed = dataclasses.replace(streaming, interval=5)
+    assert attended_share(fixed, 500, 0.3) == attended_share(SEPLLM, 500, 0.2)
+    both = dataclasses.replace(SEPLLM, interval=5)
+    assert attended_share(both, 500, 0.3) == pytest.approx(attended_share(SEPLLM, 500, 0.44))
+
+
 def test_dense_attention_keeps_all():
     assert attended_share(DenseAttention(), 100) == 1
     assert attended_share(DenseAttention(window=1), 100) == pytest.approx(2 / 101)

@@ -27,6 +27,16 @@ def test_the_lists_alone(tokenizer):
     assert "preset" not in result.output
 
 
+def test_a_tokenizer_without_separators(tmp_path):
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    result = seqeff("info", "--separators", tmp_path / "tokenizer.json")
+    assert result.status == 0, result.errors
+    assert "no token of the tokenizer ends with any of them" in result.output
+
+
 def test_density_in_texts(tokenizer, tmp_path):
     texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
     texts[0].write_text("ab.ab\n")
