@@ -126,6 +126,17 @@ def _parser() -> argparse.ArgumentParser:
     steps = command("train", _bench_train, text, True, among=kinds)
     steps.add_argument("configs", nargs="+", type=Path, help="gin files, one row each")
     steps.add_argument("--steps", type=_positive, default=20, help="timed steps (default: 20)")
+    text = "Prompts and their continuations, of random tokens, through the caches of configs."
+    continuing = command("generate", _bench_generate, text, True, among=kinds)
+    continuing.add_argument("configs", nargs="+", type=Path, help="gin files, one row each")
+    for name, default, text in (
+        ("batch", 1, "rows"),
+        ("prompt", 2048, "tokens of a row's prompt"),
+        ("tokens", 1000, "tokens that a row is continued by"),
+        ("chunk", 512, "tokens of a prompt taken at a time"),
+    ):
+        text = f"{text} (default: {default})"
+        continuing.add_argument(f"--{name}", type=_positive, default=default, help=text)
     batches = command("data", _bench_data, "Batches of synthetic text.", among=kinds)
     text = "Separator attention against cuDNN's dense causal one, on a GPU."
     attention = command("attention", _bench_attention, text, among=kinds)
@@ -142,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     for benchmark in (attention, decode):
         text = "by name (default: those of experiments/attention_speed)"
         benchmark.add_argument("shapes", nargs="*", metavar="SHAPE", help=text)
-    for benchmark in (steps, batches, attention, decode):
+    for benchmark in (steps, continuing, batches, attention, decode):
         benchmark.add_argument("--json", type=Path, help="write the results to this file")
         benchmark.add_argument("--commit", help="kept in the file (default: what git says)")
     return parser
@@ -364,6 +375,21 @@ def _bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     loaded = [(str(path), _load(path, overrides, None).root) for path in options.configs]
     return _tell_speed("train", benchmark_training(loaded, options.steps), options)
+
+
+def _bench_generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from seqeff.bench.commands import generate
+
+    generate(
+        [(str(path), _load(path, overrides, None).root) for path in options.configs],
+        options.batch,
+        options.prompt,
+        options.tokens,
+        options.chunk,
+        options.json,
+        options.commit,
+    )
+    return 0
 
 
 def _bench_data(options: argparse.Namespace, _: Sequence[str]) -> int:

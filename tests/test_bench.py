@@ -255,6 +255,29 @@ def test_training_with_separators_keeps_the_commit_that_is_given(tiny, tmp_path)
     assert report["results"][0]["tokens_per_second"] > 0
 
 
+def test_prompts_and_their_continuations(tiny, tmp_path):
+    file = tmp_path / "speed.json"
+    options = ["--batch", 2, "--prompt", 20, "--chunk", 8, "--tokens", 3, "--json", file]
+    bounded = [
+        "--gin.TransformerConfig.attention=@SeparatorAttention()",
+        "--gin.SeparatorAttention.window=5",
+        "--gin.SeparatorAttention.separators=2",
+    ]
+    result = seqeff("bench", "generate", tiny.config, *options, *bounded)
+    assert result.status == 0, result.errors
+    assert result.output.splitlines()[0].split()[:3] == ["config", "batch", "prompt"]
+    (row,) = json.loads(file.read_text())["results"]
+    assert (row["batch"], row["prompt"], row["tokens"]) == (2, 20, 3)
+    assert row["tokens_per_second"] > 0 and row["prompt_tokens_per_second"] > 0
+    # 3 initial tokens, 5 of the window and up to 2 separators
+    assert 8 <= row["entries_read"] <= 10
+    dense = seqeff("bench", "generate", tiny.config, *options)
+    assert dense.status == 0, dense.errors
+    (row,) = json.loads(file.read_text())["results"]
+    # after two loops of 3: one token more reads itself too
+    assert row["entries_read"] == 20 + 6 + 1
+
+
 def test_batches_keep_the_commit_that_is_given(monkeypatch, tmp_path):
     row = data.BatchSpeed(30, "split", 1, 0.5, 2e6, 1e6)
     monkeypatch.setattr(data, "benchmark_batches", lambda: [row])

@@ -1,14 +1,18 @@
-"""`seqeff bench attention` and `decode`: a row at a time to the terminal and to a file."""
+"""`seqeff bench attention`, `decode` and `generate`: rows printed and written as they come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seqeff.bench import attention as attention_bench
 from seqeff.bench import decode as decode_bench
+from seqeff.bench import generate as generate_bench
 from seqeff.bench.report import chosen_shapes, prepare_rivals, require_gpu, write_report
+
+if TYPE_CHECKING:
+    from seqeff.training import Train
 
 
 def attention(
@@ -45,6 +49,23 @@ def decode(shapes: Sequence[str], file: Path | None, commit: str | None) -> None
     print(f"shares are of {reference / 1e12:.2f} TB/s\n{decode_bench.HEADER}", flush=True)
     rows = decode_bench.benchmark_decode(names, reference=reference)
     _tell("decode", rows, decode_bench.line, facts, file, commit)
+
+
+def generate(
+    configs: Sequence[tuple[str, Train]],
+    batch: int,
+    prompt: int,
+    tokens: int,
+    chunk: int,
+    file: Path | None,
+    commit: str | None,
+) -> None:
+    """Times prompts and their continuations; see `benchmark_generation`."""
+    rows = generate_bench.benchmark_generation(
+        configs, batch=batch, prompt=prompt, tokens=tokens, chunk=chunk
+    )
+    print(generate_bench.HEADER, flush=True)
+    _tell("generate", rows, generate_bench.line, {}, file, commit)
 
 
 def _tell(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from seqeff.bench.report import random_vocabulary
 from seqeff.data import Batch
 from seqeff.models.flops import attended_entries, parameter_count, training_flops_per_token
 from seqeff.training import Train
@@ -37,8 +38,7 @@ def benchmark_training(configs: Sequence[tuple[str, Train]], steps: int) -> list
 def _measure(config: Train, steps: int) -> dict[str, Any]:
     prepare_backend(config)
     data, vocabulary = config.data, config.model.vocabulary_size
-    # random ids have no text: a sixth count as separators, about their share of English
-    program = Program(config, ["a" if index % 6 else "." for index in range(vocabulary)])
+    program = Program(config, random_vocabulary(vocabulary))
     with jax.set_mesh(program.mesh):
         shape = (data.batch_size, data.sequence_length)
         tokens = jax.random.randint(jax.random.key(1), shape, 0, vocabulary)

@@ -1,0 +1,151 @@
+"""Time that a prompt and its continuation take through a model's caches, on random tokens."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from seqeff.bench.report import attempt, random_vocabulary
+from seqeff.models import (
+    Cache,
+    CachedTransformer,
+    TransformerConfig,
+    cached_parameters,
+    empty_cache,
+)
+from seqeff.models.flops import entries_of_cache
+
+if TYPE_CHECKING:
+    from seqeff.training import Train
+
+# tokens that one compiled loop generates: the host's part of a step is a thousandth
+_LOOP = 1000
+
+HEADER = (
+    f"{'config':34}{'batch':>6}{'prompt':>11}{'chunk':>6}{'prompt s':>10}{'tokens/s':>11}"
+    f"{'tokens':>8}{'ms/step':>9}{'tokens/s':>10}{'cache GiB':>11}{'read':>8}"
+)
+
+
+def benchmark_generation(
+    configs: Sequence[tuple[str, Train]], *, batch: int, prompt: int, tokens: int, chunk: int
+) -> Iterator[dict[str, Any]]:
+    """Yields each config's times, of random parameters, after compilation.
+
+    Args:
+      batch: rows, each with a prompt of its own.
+      prompt: tokens of a row's prompt, which the caches take a chunk at a time.
+      tokens: of a row's continuation, the likeliest ones; they are sampled on the device.
+    """
+    for name, config in configs:
+        model = config.model.for_vocabulary(random_vocabulary(config.model.vocabulary_size))
+        facts = {"config": name, "batch": batch, "prompt": prompt, "chunk": chunk}
+        yield facts | attempt(_measure, model, batch, prompt, tokens, chunk)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row under `HEADER`."""
+    begin = f"{row['config'][-33:]:34}{row['batch']:6}{row['prompt']:11,}{row['chunk']:6}"
+    if "error" in row:
+        return f"{begin}  {row['error']}"
+    return begin + (
+        f"{row['prompt_seconds']:10.3f}{row['prompt_tokens_per_second']:11,}{row['tokens']:8,}"
+        f"{row['milliseconds']:9.4f}{row['tokens_per_second']:10,}"
+        f"{row['cache_bytes'] / 2**30:11.3f}{row['entries_read']:8,.1f}"
+    )
+
+
+def _measure(
+    config: TransformerConfig, batch: int, prompt: int, tokens: int, chunk: int
+) -> dict[str, Any]:
+    length = min(tokens, _LOOP)
+    loops = math.ceil(tokens / length)
+
+    @jax.jit
+    def start() -> tuple[Any, Cache]:
+        parameters = nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1])
+        # the first loop warms up
+        capacity = prompt + (loops + 1) * length
+        return cached_parameters(config, parameters), empty_cache(config, batch, capacity)
+
+    parameters, cache = start()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    sizes = {min(chunk, prompt), prompt % chunk} - {0}
+    take = {
+        rows: jax.jit(functools.partial(_take, config, rows), donate_argnums=1)
+        .lower(parameters, cache, jnp.int32(0))
+        .compile()
+        for rows in sizes
+    }
+    given = jnp.zeros(batch, jnp.int32)
+    go_on = (
+        jax.jit(functools.partial(_go_on, config, length), donate_argnums=1)
+        .lower(parameters, cache, given)
+        .compile()
+    )
+
+    begin = time.perf_counter()
+    for first in range(0, prompt, chunk):
+        cache = take[min(chunk, prompt - first)](parameters, cache, jnp.int32(first))
+    jax.block_until_ready(cache)
+    prompt_seconds = time.perf_counter() - begin
+
+    times = []
+    for _ in range(loops + 1):
+        begin = time.perf_counter()
+        given, cache = go_on(parameters, cache, given)
+        jax.block_until_ready(given)
+        times.append((time.perf_counter() - begin) / length)
+    # the first was slower to begin
+    times = times[1:]
+    seconds = sum(times) / loops
+    entries, _ = jax.jit(functools.partial(entries_of_cache, config))(
+        cache, given[:, None], jnp.ones(batch, jnp.int32)
+    )
+    memory = jax.devices()[0].memory_stats() or {}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "dtype": config.dtype,
+        "prompt_seconds": round(prompt_seconds, 4),
+        "prompt_tokens_per_second": round(batch * prompt / prompt_seconds),
+        "tokens": loops * length,
+        "milliseconds": round(1e3 * seconds, 5),
+        "slowest_milliseconds": round(1e3 * max(times), 5),
+        "tokens_per_second": round(batch / seconds),
+        "cache_bytes": cache_bytes,
+        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(parameters)),
+        "peak_bytes": memory.get("peak_bytes_in_use"),
+        "entries_read": round(float(entries.mean()), 1),
+    }
+
+
+def _take(
+    config: TransformerConfig, rows: int, parameters: Any, cache: Cache, first: Int[Array, ""]
+) -> Cache:
+    """Takes random tokens in."""
+    key = jax.random.fold_in(jax.random.key(1), first)
+    shape = (cache.length.shape[0], rows)
+    tokens = jax.random.randint(key, shape, 0, config.vocabulary_size)
+    return CachedTransformer.of(config, parameters).extend(tokens, cache)[1]
+
+
+def _go_on(
+    config: TransformerConfig, length: int, parameters: Any, cache: Cache, given: Array
+) -> tuple[Array, Cache]:
+    """Generates so many tokens after the given ones; gives the last."""
+    model = CachedTransformer.of(config, parameters)
+
+    def step(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], None]:
+        given, cache = carry
+        hidden, cache = model.extend(given[:, None], cache)
+        return (jnp.argmax(model.logits(hidden)[:, 0], axis=-1).astype(jnp.int32), cache), None
+
+    return jax.lax.scan(step, (given, cache), length=length)[0]
