@@ -1,16 +1,30 @@
-"""Mosaic kernels on the CPU: JAX's interpreter, with what it lacks in plain JAX."""
+"""Mosaic kernels on the CPU: lowered for Hopper, and in JAX's interpreter, what it lacks in JAX."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from seqeff_kernels import gpu
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the Mosaic kernels need jax 0.11 or newer"
+)
+_HOPPER = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def lowered(function: Callable[..., Any], *arguments: Any) -> str:
+    """The module that Hopper is given for a call, of arrays or their shapes."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=_HOPPER)):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def _times_transposed(left, right, meanwhile=lambda: None):
@@ -24,8 +38,11 @@ def _add_product(total, left, right):
 
 
 @contextlib.contextmanager
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs the kernels without the tensor cores' products and without register layouts."""
+def interpreted(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 3) -> Iterator[None]:
+    """Runs the kernels without the tensor cores' products and without register layouts.
+
+    Of few multiprocessors, each takes several items of work.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from seqeff_kernels.range_attention.mosaic import forward, gradients, pieces, rows
@@ -45,7 +62,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for module in (pieces, rows, forward, gradients):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
-    # few, so that a program takes several items
-    monkeypatch.setattr(gpu, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: multiprocessors)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_interpreter import interpreted, needs_mosaic
 
 from seqeff_kernels.decode_attention import CacheBlock, merge, mosaic, reference
 from seqeff_kernels.decode_attention.plan import Sizes
@@ -71,25 +72,24 @@ def test_merging_splits():
     np.testing.assert_allclose(merged, exact, rtol=1e-5, atol=1e-6)
 
 
-if jax.__version_info__ >= (0, 11):
-    from mosaic_interpreter import interpreted
+CASES = {
+    "one block, some empty": call(1, 6, 1, (150,), ([150, 0, 37],), False),
+    "two blocks and new entries": call(3, 4, 2, (70, 130), ([70, 1], [0, 65]), True),
+    "own queries, more points than a worker's": call(
+        3, 24, 1, (90, 40), ([65, 90], [40, 3]), True, own=True
+    ),
+}
 
-    CASES = {
-        "one block, some empty": call(1, 6, 1, (150,), ([150, 0, 37],), False),
-        "two blocks and new entries": call(3, 4, 2, (70, 130), ([70, 1], [0, 65]), True),
-        "own queries, more points than a worker's": call(
-            3, 24, 1, (90, 40), ([65, 90], [40, 3]), True, own=True
-        ),
-    }
 
-    @pytest.mark.parametrize("name", CASES)
-    @pytest.mark.parametrize("splits", [1, 3])
-    def test_interpreted_kernels_equal_the_reference(name, splits, monkeypatch):
-        queries, blocks, new = CASES[name]
-        with interpreted(monkeypatch):
-            plan = mosaic.Plan(splits=splits, stages=2)
-            output, logsumexp = mosaic.attend(queries, blocks, new, 0.2, plan)
-        want, want_logsumexp = reference.attend(queries, blocks, new, 0.2)
-        np.testing.assert_allclose(logsumexp, want_logsumexp, rtol=1e-5, atol=1e-5)
-        difference = np.asarray(output, np.float32) - np.asarray(want, np.float32)
-        assert np.linalg.norm(difference) <= 1e-2 * np.linalg.norm(np.asarray(want, np.float32))
+@needs_mosaic
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_interpreted_kernels_equal_the_reference(name, splits, monkeypatch):
+    queries, blocks, new = CASES[name]
+    with interpreted(monkeypatch):
+        plan = mosaic.Plan(splits=splits, stages=2)
+        output, logsumexp = mosaic.attend(queries, blocks, new, 0.2, plan)
+    want, want_logsumexp = reference.attend(queries, blocks, new, 0.2)
+    np.testing.assert_allclose(logsumexp, want_logsumexp, rtol=1e-5, atol=1e-5)
+    difference = np.asarray(output, np.float32) - np.asarray(want, np.float32)
+    assert np.linalg.norm(difference) <= 1e-2 * np.linalg.norm(np.asarray(want, np.float32))

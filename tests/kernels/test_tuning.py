@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -171,6 +172,13 @@ def test_every_candidate_is_a_plan():
         assert found[0] == start
         assert len(counted) > len(steps)
     assert all(1 <= plan.splits <= 256 for plan in counted)
+
+
+def test_every_choice_of_candidates_is_a_plan():
+    for changes in itertools.product(*(({}, *step.changes) for step in tune.MOSAIC_STEPS)):
+        plan = mosaic.Tiles()
+        for change in changes:
+            plan = dataclasses.replace(plan, **change)
 
 
 QUICKSTART = ("attention", "quickstart", "--window", "64", "--kind", "separators")

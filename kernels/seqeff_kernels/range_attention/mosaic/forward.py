@@ -89,6 +89,15 @@ def forward(
                     filled((block,), 0),
                 )
                 all_visits = cut.visits(bounds_smem, own, worker, place.split)
+                if alternate:
+                    # an item without tiles takes the turns of one: else worker 1, half a tile
+                    # behind, never ends the item before, for whose room the next one's rows wait
+                    @pl.when(sum(visits.copied for visits in all_visits) == 0)
+                    def _():
+                        for _ in range(2):
+                            end_turn()
+                            await_turn()
+
                 for index, (visits, size, q) in enumerate(
                     zip(all_visits, plan.entries, plan.queries, strict=True)
                 ):

@@ -25,7 +25,8 @@ class Tiles:
       stages: tiles in shared memory.
       buffers: blocks of rows in shared memory for each worker: with two, the next one's copy is
         under way while one is done.
-      take_turns: of two workers, one multiplies while the other takes its exponentials.
+      take_turns: of two workers, one multiplies while the other takes its exponentials; needs two
+        buffers.
       backward_workers: the same as `workers`, for the gradients.
       backward_tile: entries of a tile for the gradient of the queries, and rows of one for those
         of the keys and values.
@@ -45,6 +46,14 @@ class Tiles:
     backward_stages: int = 2
     backward_buffers: int = 2
 
+    def __post_init__(self) -> None:
+        if self.take_turns and self.workers == 2 and self.buffers == 1:
+            # one ends its block when the other begins the next, for whose rows there is no room
+            raise ValueError(
+                "take_turns with 2 workers needs 2 buffers, not 1: the workers would wait for each "
+                "other for ever; give take_turns=False or buffers=2"
+            )
+
     @property
     def rows_of_program(self) -> int:
         """Rows of all of a program's compute workers."""
@@ -55,7 +64,6 @@ class Tiles:
         block = 2 * head_dim * self.rows_of_program * queries
         tile = 2 * head_dim * max(self.block_entries, self.window_entries)
         fits = self.buffers * block + 2 * self.stages * tile + _SMALL <= SHARED_MEMORY
-        # with turns, a worker would wait for what the other's next block needs, and that for it
         return self if fits else dataclasses.replace(self, buffers=1, take_turns=False)
 
     def entries(self, window: int | None) -> int:
@@ -78,7 +86,9 @@ class Plan:
 
     def for_gradients(self) -> Plan:
         """The plan whose workers are those of the gradients."""
-        tiles = dataclasses.replace(self.tiles, workers=self.tiles.backward_workers)
+        tiles = dataclasses.replace(
+            self.tiles, workers=self.tiles.backward_workers, take_turns=False
+        )
         return dataclasses.replace(self, tiles=tiles)
 
     @property
