@@ -43,15 +43,15 @@ def plain_products(monkeypatch):
         yield
 
 
-def separators(length, heads, kv_heads, window, head_dim=64):
+def separators(length, heads, kv_heads, window, density=0.4):
     shape = Shape(
         batch=1,
         length=length,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=64,
         window=window,
-        density=0.4,
+        density=density,
     )
     queries, keys, values, chosen = tokens(shape, dtype=jnp.bfloat16)
     return queries, separator_sources(keys, values, chosen, window)
@@ -117,6 +117,14 @@ def test_blocks_of_rows_without_tiles_end(monkeypatch):
         found = jax.block_until_ready(mosaic.attend(queries, (source,), 0.1, tiles))
     for got, want in zip(found, reference.attend(queries, (source,), 0.1), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
+
+
+@needs_mosaic
+def test_chosen_tokens_that_no_row_attends_have_no_gradient(plain_products):
+    queries, (far, near) = separators(128, 1, 1, 64, density=1.0)
+    # the last 64 entries are those of a program that no row visits
+    assert far.end.max() == 64 and far.packed.count.max() == 128
+    check((queries, (far, near)), mosaic.Tiles(workers=1, backward_workers=1))
 
 
 def check(case, tiles):

@@ -140,7 +140,7 @@ def _attend_backward(plan, saved, gradients):
     entries_gradients = []
     for source, operand, known, own in zip(sources, made, plan.static, plan.queries, strict=True):
         keys, values = entries_gradient(
-            queries[own], source, statistics, plan, unvisited=operand.packed is None
+            queries[own], source, statistics, plan, _last_read(operand, known)
         )
         entries_gradients.append((keys[:, : known.entries], values[:, : known.entries]))
     return (
@@ -178,6 +178,14 @@ def _sources(made: tuple[Operand, ...], static: tuple[Static, ...]) -> list[List
         )
         for source in gathered(made, static, finite=True)
     ]
+
+
+def _last_read(operand: Operand, known: Static) -> Array | None:
+    """After which no entry's gradient reaches a token, or None where each entry is one."""
+    if operand.packed is None:
+        return None
+    # of all chosen tokens, those that no row attends among them
+    return jnp.minimum(operand.packed.count[:, -1].max(), known.entries)
 
 
 def pad_lines(array: Array) -> Array:

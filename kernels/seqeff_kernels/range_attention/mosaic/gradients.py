@@ -193,10 +193,13 @@ def entries_gradient(
     source: ListedSource,
     statistics: tuple[Array, ...],
     plan: Plan,
-    *,
-    unvisited: bool,
+    last: Int[Array, ""] | None,
 ) -> tuple[Array, Array]:
-    """Gradients of a source's entries; with `unvisited`, also of those that no row visits."""
+    """Gradients of a source's entries.
+
+    Args:
+      last: after which no entry's gradient is read: those may be left unwritten. None: all are.
+    """
     tiles, factor = plan.tiles, plan.scale * LOG2E
     batch, entries, kv_heads, head_dim = source.keys.shape
     group = queries.shape[2] // kv_heads
@@ -207,9 +210,7 @@ def entries_gradient(
     table = entry_visits(start, end, entries, size, workers)
     programs = pl.cdiv(entries, BLOCK * workers)
     most = programs * batch * kv_heads
-    # after which no entry's gradient has to be written
-    last = entries if unvisited else source.end[..., -1].max()
-    last = jnp.reshape(jnp.asarray(last, jnp.int32), 1)
+    last = jnp.reshape(jnp.asarray(entries if last is None else last, jnp.int32), 1)
 
     def kernel(query_ref, statistics_refs, bounds_refs, key_ref, value_ref, table_ref, last_ref,
                key_gradient_ref, value_gradient_ref, scratch):  # fmt: skip
