@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,17 @@ def _times_transposed(left, right, meanwhile=lambda: None):
 
 def _add_product(total, left, right):
     return total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
+
+
+def shared_memory(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes of shared memory that the first kernel of a call takes."""
+    from jax.experimental.mosaic.gpu import core
+
+    with core.artificial_shared_memory_limit(0), pytest.raises(ValueError, match="smem") as refused:
+        lowered(function, *arguments)
+    found = re.search(r"smem_bytes=(\d+)", str(refused.value))
+    assert found
+    return int(found[1])
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic_interpreter import interpreted, needs_mosaic
+from mosaic_interpreter import interpreted, lowered, needs_mosaic
 
+from seqeff_kernels import gpu
 from seqeff_kernels.decode_attention import CacheBlock, merge, mosaic, reference
 from seqeff_kernels.decode_attention.plan import Sizes
 
@@ -34,6 +35,19 @@ def call(rows, heads, kv_heads, capacities, filled, new, own=False, head_dim=64)
     return queries, tuple(blocks), tuple(entries) if new else None
 
 
+def shapes_of(head_dim, heads, own, blocks=3, new=False):
+    """The shapes of a call on one KV head, of which the first `own` blocks have own queries."""
+    queries = jax.ShapeDtypeStruct((2, 1, heads, head_dim), jnp.bfloat16)
+    entries = jax.ShapeDtypeStruct((2, 512, 1, head_dim), jnp.bfloat16)
+    filled = jax.ShapeDtypeStruct((2,), jnp.int32)
+    listed = tuple(
+        CacheBlock(entries, entries, filled, queries if index < own else None)
+        for index in range(blocks)
+    )
+    fresh = jax.ShapeDtypeStruct((2, 1, 1, head_dim), jnp.bfloat16)
+    return queries, listed, (fresh, fresh) if new else None
+
+
 def test_it_says_why_it_cannot_serve():
     queries, blocks, new = call(1, 8, 1, (64,), ([64],), False)
     if jax.__version_info__ < (0, 11):
@@ -41,6 +55,30 @@ def test_it_says_why_it_cannot_serve():
         return
     assert "compute capability 9.0" in mosaic.obstacle(queries, blocks, new)
     assert "new entries counted, not 4" in mosaic.obstacle(queries, blocks * 3, (queries, queries))
+
+
+@needs_mosaic
+def test_it_says_which_queries_do_not_fit(monkeypatch):
+    monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    for new, own in ((False, 3), (True, 2)):
+        found = mosaic.obstacle(*shapes_of(256, 64, own, blocks=3 - new, new=new))
+        assert "3 different queries of head_dim 256 leave no room" in found
+        assert mosaic.obstacle(*shapes_of(256, 64, 1, blocks=3 - new, new=new)) is None
+        assert mosaic.obstacle(*shapes_of(128, 64, own, blocks=3 - new, new=new)) is None
+
+
+@needs_mosaic
+@pytest.mark.parametrize("own", range(4))
+@pytest.mark.parametrize("heads", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", mosaic.HEAD_DIMS)
+def test_it_lowers_for_hopper_wherever_it_serves(head_dim, heads, own, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "compute_capability", lambda: (9, 0))
+        served = mosaic.obstacle(*shapes_of(head_dim, heads, own)) is None
+    assert served == (head_dim < 256 or own < 2)
+    if served:
+        text = lowered(lambda *call: mosaic.attend(*call, 0.1)[0], *shapes_of(head_dim, heads, own))
+        assert text.count("@mosaic_gpu_v2") == 1
 
 
 def test_plans_fit_the_chip():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic_interpreter import interpreted, lowered, needs_mosaic
+from mosaic_interpreter import interpreted, lowered, needs_mosaic, shared_memory
 
 from seqeff_kernels.range_attention import mosaic, reference
 from seqeff_kernels.range_attention.shapes import Shape, separator_sources, tokens
@@ -156,15 +157,38 @@ def check(case, tiles):
 
 @needs_mosaic
 @pytest.mark.parametrize("head_dim", mosaic.HEAD_DIMS)
-def test_forward_and_backward_lower_for_hopper(head_dim):
+@pytest.mark.parametrize("distinct", [1, 2, 3])
+def test_forward_and_backward_lower_for_hopper(distinct, head_dim):
     array = jax.ShapeDtypeStruct((2, 1000, 4, head_dim), jnp.bfloat16)
     entry = jax.ShapeDtypeStruct((2, 1000, 2, head_dim), jnp.bfloat16)
     bound = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
 
     def loss(queries, keys, values, start, end):
-        sources = (RangeSource(keys, values, start, end), TokenSource(keys, values, window=64))
-        output, logsumexp = mosaic.attend(queries, sources, 0.1)
+        second, third = (*queries, *queries[:1] * 2)[1:3]
+        sources = (
+            TokenSource(keys, values, window=64),
+            RangeSource(keys, values, start, end, queries=second),
+            RangeSource(values, keys, start, end, queries=third),
+        )
+        output, logsumexp = mosaic.attend(queries[0], sources, 0.1)
         return output.astype(jnp.float32).sum() + logsumexp.sum()
 
-    text = lowered(jax.grad(loss, argnums=(0, 1, 2)), array, entry, entry, bound, bound)
-    assert text.count("@mosaic_gpu_v2") == 4
+    arguments = ((array,) * distinct, entry, entry, bound, bound)
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    assert lowered(gradient, *arguments).count("@mosaic_gpu_v2") == 1 + distinct + 3
+    tiles = mosaic.Tiles().fitted(head_dim, distinct, 3)
+    assert shared_memory(loss, *arguments) == tiles.shared_memory(head_dim, distinct, 3)
+
+
+@pytest.mark.parametrize(
+    ("distinct", "head_dim", "changes"),
+    [
+        (1, 128, {}),
+        (3, 64, {}),
+        (2, 128, {"buffers": 1, "take_turns": False}),
+        (3, 128, {"buffers": 1, "take_turns": False, "block_entries": 64}),
+    ],
+)
+def test_plans_are_cut_to_the_shared_memory(distinct, head_dim, changes):
+    tiles = mosaic.Tiles()
+    assert tiles.fitted(head_dim, distinct, 3) == dataclasses.replace(tiles, **changes)

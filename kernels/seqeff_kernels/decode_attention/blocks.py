@@ -37,6 +37,16 @@ class CacheBlock:
         return jnp.arange(self.keys.shape[1]) < self.lengths()[:, None]
 
 
+def distinct_queries(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: tuple[CacheBlock, ...],
+    new: NewEntries | None,
+) -> list[Float[Array, "batch rows heads head_dim"]]:
+    """The call's queries, where a block or the new entries take them, and the blocks' own."""
+    own = [block.queries for block in blocks if block.queries is not None]
+    return own if new is None and len(own) == len(blocks) else [queries, *own]
+
+
 def check(
     queries: Float[Array, "batch rows heads head_dim"],
     blocks: tuple[CacheBlock, ...],

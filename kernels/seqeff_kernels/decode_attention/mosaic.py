@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float
 
 from seqeff_kernels import gpu, tuning
-from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries
+from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries, distinct_queries
 from seqeff_kernels.decode_attention.merge import merge
 from seqeff_kernels.decode_attention.plan import Sizes
 from seqeff_kernels.range_attention import mosaic
@@ -27,10 +27,7 @@ HEAD_DIMS = (64, 128, 256)
 # head sizes and devices on which experiments/gpu_checks/attention.py has passed
 TESTED_HEAD_DIMS = (64, 128, 256)
 TESTED_CAPABILITIES = ((9, 0),)
-_MOST_STAGES = 8
-# bytes: what arrays in shared memory are aligned to; and barriers and scratch
-_ALIGNED = 1024
-_SMALL = 1200
+_LEAST_STAGES, _MOST_STAGES = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +48,19 @@ def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | N
     arrays = [queries, *(new or ())]
     for block in blocks:
         arrays += [block.keys, block.values, *([] if block.queries is None else [block.queries])]
-    found = mosaic.kernel_obstacle(
-        arrays, HEAD_DIMS, _lists(blocks, new), "blocks, new entries counted"
-    )
+    sizes = Sizes.of(queries, blocks, new)
+    found = mosaic.kernel_obstacle(arrays, HEAD_DIMS, sizes.lists, "blocks, new entries counted")
+    if found is not None:
+        return found
     odd = [block.keys.shape[1] for block in blocks if block.keys.shape[1] % mosaic.LINES]
-    if found is None and odd:
+    if odd:
         return f"a block's capacity, {odd[0]}, is not a multiple of {mosaic.LINES}"
-    return found
+    if _most_stages(sizes, workers=1) < _LEAST_STAGES:
+        return (
+            f"{sizes.queries} different queries of head_dim {sizes.head_dim} leave no room in "
+            f"shared memory for {_LEAST_STAGES} tiles of entries"
+        )
+    return None
 
 
 def tested(queries: Array) -> bool:
@@ -65,17 +68,13 @@ def tested(queries: Array) -> bool:
     return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
-def plan(sizes: Sizes, lists: int = 1) -> Plan:
-    """The plan where nothing is tuned: parts that fill the chip, and as much in flight as fits.
-
-    Args:
-      lists: of entries: the blocks, and the new entries.
-    """
-    rows = BLOCK * _workers(sizes.points)
-    programs = sizes.batch * sizes.kv_heads * math.ceil(sizes.points / rows)
+def plan(sizes: Sizes) -> Plan:
+    """The plan where nothing is tuned: parts that fill the chip, and as much in flight as fits."""
+    workers = _workers(sizes)
+    programs = sizes.batch * sizes.kv_heads * math.ceil(sizes.points / (BLOCK * workers))
     return Plan(
         splits=max(1, min(gpu.multiprocessors() // programs, math.ceil(sizes.entries / BLOCK))),
-        stages=_most_stages(sizes, lists),
+        stages=_most_stages(sizes, workers),
     )
 
 
@@ -93,11 +92,7 @@ def attend(
     sizes = Sizes.of(queries, blocks, new)
     kv_heads, points = sizes.kv_heads, sizes.points
     planned = planned or tuning.planned(
-        "decode",
-        "mosaic",
-        sizes.key(str(queries.dtype)),
-        Plan,
-        lambda: plan(sizes, _lists(blocks, new)),
+        "decode", "mosaic", sizes.key(str(queries.dtype)), Plan, lambda: plan(sizes)
     )
 
     def to_points(array: Array) -> Array:
@@ -108,26 +103,22 @@ def attend(
         end = jnp.broadcast_to(end, (*end.shape[:2], points)).astype(jnp.int32)
         return ListedSource(None, keys, values, jnp.zeros_like(end), end)
 
-    distinct: list[Array] = [queries]
-    which, sources = [], []
-    for block in blocks:
-        if block.queries is not None:
-            distinct.append(block.queries)
-        which.append(0 if block.queries is None else len(distinct) - 1)
-        sources.append(source(block.keys, block.values, block.lengths()[:, None, None]))
+    distinct = distinct_queries(queries, blocks, new)
+
+    def place(own: Array | None) -> int:
+        taken = queries if own is None else own
+        return next(index for index, other in enumerate(distinct) if other is taken)
+
+    which = [place(block.queries) for block in blocks]
+    sources = [source(block.keys, block.values, block.lengths()[:, None, None]) for block in blocks]
     if new is not None:
-        which.append(0)
+        which.append(place(None))
         row = jnp.arange(points, dtype=jnp.int32) // (points // rows)
         keys, values = (mosaic.pad_lines(x) for x in new)
         sources.append(source(keys, values, row[None, None] + 1))
 
-    tiles = Tiles(
-        workers=_workers(points),
-        block_entries=BLOCK,
-        stages=min(planned.stages, _most_stages(sizes, _lists(blocks, new))),
-        buffers=1,
-        take_turns=False,
-    )
+    workers = _workers(sizes)
+    tiles = _tiles(workers, min(planned.stages, _most_stages(sizes, workers)))
     static = tuple(Static(i, s.keys.shape[1], False, None) for i, s in enumerate(sources))
     output, logsumexp = forward(
         [to_points(own) for own in distinct],
@@ -150,17 +141,21 @@ def attend(
     return to_heads(output), to_heads(logsumexp)
 
 
-def _lists(blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> int:
-    return len(blocks) + (new is not None)
+def _tiles(workers: int, stages: int) -> Tiles:
+    return Tiles(workers=workers, block_entries=BLOCK, stages=stages, buffers=1, take_turns=False)
 
 
-def _most_stages(sizes: Sizes, lists: int) -> int:
-    """How many stages fit beside the queries and the rows' bounds."""
-    rows = BLOCK * _workers(sizes.points)
-    bounds = math.ceil(2 * 4 * rows * lists / _ALIGNED) * _ALIGNED
-    room = SHARED_MEMORY - 2 * rows * sizes.head_dim - bounds - _SMALL
-    return min(_MOST_STAGES, room // (2 * 2 * BLOCK * sizes.head_dim))
+def _most_stages(sizes: Sizes, workers: int) -> int:
+    """How many stages fit beside the queries and the rows' bounds; 0 if not one does."""
+
+    def fits(stages: int) -> bool:
+        used = _tiles(workers, stages).shared_memory(sizes.head_dim, sizes.queries, sizes.lists)
+        return used <= SHARED_MEMORY
+
+    return next(filter(fits, range(_MOST_STAGES, 0, -1)), 0)
 
 
-def _workers(points: int) -> int:
-    return 1 if points <= BLOCK else 2
+def _workers(sizes: Sizes) -> int:
+    """Two where there are rows for them and room, as they share what is copied."""
+    both = sizes.points > BLOCK and _most_stages(sizes, 2) >= _LEAST_STAGES
+    return 2 if both else 1

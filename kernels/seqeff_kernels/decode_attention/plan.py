@@ -8,7 +8,7 @@ from typing import Self
 from jax import Array
 
 from seqeff_kernels import tuning
-from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries
+from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries, distinct_queries
 
 MAXIMUM_SPLITS = 256
 
@@ -33,6 +33,8 @@ class Sizes:
     Attributes:
       points: query rows times the heads of one KV head, which share its entries.
       entries: the capacities of all blocks, and the new entries.
+      lists: of entries: the blocks, and the new entries.
+      queries: arrays of queries: the blocks' own, and the call's where they are taken.
     """
 
     batch: int
@@ -40,6 +42,8 @@ class Sizes:
     points: int
     head_dim: int
     entries: int
+    lists: int = 1
+    queries: int = 1
 
     @classmethod
     def of(cls, queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> Self:
@@ -52,6 +56,8 @@ class Sizes:
             points=rows * heads // kv_heads,
             head_dim=head_dim,
             entries=sum(b.keys.shape[1] for b in blocks) + (0 if new is None else rows),
+            lists=len(blocks) + (new is not None),
+            queries=len(distinct_queries(queries, blocks, new)),
         )
 
     def key(self, dtype: str) -> str:

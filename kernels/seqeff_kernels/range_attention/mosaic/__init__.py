@@ -93,7 +93,8 @@ def attend(
         if not same:
             distinct.append(own)
     made, static = operands(queries, sources)
-    tiles = (tiles or _tuned(queries, sources)).fitted(queries.shape[-1], len(distinct))
+    tiles = tiles or _tuned(queries, sources)
+    tiles = tiles.fitted(queries.shape[-1], len(distinct), len(sources))
     plan = Plan(tuple(which), static, scale, tiles)
     output, logsumexp = cast(
         tuple[Array, Array],

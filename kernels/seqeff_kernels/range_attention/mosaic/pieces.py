@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqeff_kernels import gpu
+from seqeff_kernels.range_attention.mosaic.tiles import REDUCTION_BYTES
 
 LOG2E = math.log2(math.e)
 # finite, so that the difference of two of them is 0 and not NaN
@@ -278,8 +279,9 @@ def launch(workers: int, items: int) -> dict[str, Any]:
         "grid_names": ("core",),
         "num_threads": workers + 1,
         "thread_name": "worker",
-        # no reduction crosses warps
-        "compiler_params": plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        "compiler_params": plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES
+        ),
     }
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from seqeff_kernels.range_attention.operands import Static
 
 BLOCK = 64  # rows of a tensor core product
-# bytes of a program, and of them those of bounds, barriers and alignment
+# bytes of a program; what its arrays, each, are aligned to; and of a barrier
 SHARED_MEMORY = 227 * 1024
-_SMALL = 8 * 1024
+_ALIGNED = 1024
+_BARRIER = 8
+# scratch of reductions, the least there is: none crosses warps
+REDUCTION_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +63,40 @@ class Tiles:
         """Rows of all of a program's compute workers."""
         return self.block_rows * self.workers
 
-    def fitted(self, head_dim: int, queries: int) -> Tiles:
-        """These, with one buffer where two of `queries` distinct queries would not fit."""
-        block = 2 * head_dim * self.rows_of_program * queries
-        tile = 2 * head_dim * max(self.block_entries, self.window_entries)
-        fits = self.buffers * block + 2 * self.stages * tile + _SMALL <= SHARED_MEMORY
-        return self if fits else dataclasses.replace(self, buffers=1, take_turns=False)
+    def shared_memory(self, head_dim: int, queries: int, sources: int) -> int:
+        """Bytes of shared memory of a forward program, of 16-bit numbers.
+
+        Args:
+          queries: how many distinct queries the sources take.
+        """
+        rows = self.buffers * self.rows_of_program
+        tile = self.stages * max(self.block_entries, self.window_entries)
+        arrays = (
+            2 * head_dim * rows * queries,
+            2 * head_dim * tile,
+            2 * head_dim * tile,
+            # start and end of each source
+            2 * 4 * rows * sources,
+            REDUCTION_BYTES,
+        )
+        # ready and free of each slot of three rings, and the turn
+        barriers = 2 * (self.buffers + 2 * self.stages) + 1
+        return sum(math.ceil(size / _ALIGNED) * _ALIGNED for size in arrays) + _BARRIER * barriers
+
+    def fitted(self, head_dim: int, queries: int, sources: int) -> Tiles:
+        """These or, where they do not fit, with one buffer or, where need be, small tiles too.
+
+        Args:
+          queries: how many distinct queries the sources take.
+        """
+        single = dataclasses.replace(self, buffers=1, take_turns=False)
+        small = dataclasses.replace(single, block_entries=BLOCK, window_entries=BLOCK)
+        fitting = (
+            tiles
+            for tiles in (self, single)
+            if tiles.shared_memory(head_dim, queries, sources) <= SHARED_MEMORY
+        )
+        return next(fitting, small)
 
     def entries(self, window: int | None) -> int:
         """Entries of a forward tile of a source with or without a window."""
