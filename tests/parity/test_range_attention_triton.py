@@ -113,6 +113,35 @@ def test_one_loop_for_all_tiles_gives_the_same():
         compare(got, want, 2e-6)
 
 
+def test_packing_takes_rows_of_more_elements_than_32_bits_count(tmp_path):
+    import torch
+
+    from seqeff_kernels.range_attention import packing_kernels
+
+    features, capacity, chosen = 1 << 20, 16, 4096
+    # a sparse file: of it, one program touches two features of two tokens
+    shape = (1, chosen + 1, features)
+    tokens = np.memmap(tmp_path / "tokens", np.float16, "w+", shape=shape)
+    tokens[0, 0, :2], tokens[0, chosen, :2] = -1, (1, 2)
+    indices = np.full((1, capacity), chosen, np.int32)
+    count = np.zeros((1, chosen + 1), np.int32)
+    count[0, chosen] = 1
+    packed = np.full((1, capacity, features), np.nan, np.float16)
+    whole, few, *packing = map(torch.from_numpy, (tokens, packed, indices, count))
+    sizes = {
+        "TOKENS": chosen + 1,
+        "CAPACITY": capacity,
+        "FEATURES": features,
+        "BLOCK_ENTRIES": capacity,
+        "BLOCK_FEATURES": 2,
+    }
+    grid = (1, 1, 1)
+    packing_kernels.gather[grid](whole, whole, *packing, few, few, **sizes, CLEARED=capacity)
+    np.testing.assert_array_equal(packed[0, :2, :2], [[1, 2], [0, 0]])
+    packing_kernels.add[grid](whole, whole, few, few, *packing, whole, whole, **sizes)
+    np.testing.assert_array_equal(tokens[0, [0, chosen], :2], [[-1, -1], [2, 4]])
+
+
 def compare(got, want, tolerance):
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     finite = np.isfinite(want)

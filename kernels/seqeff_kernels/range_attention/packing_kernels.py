@@ -34,10 +34,9 @@ def gather(
     inside = (entry < CAPACITY)[:, None] & (feature < FEATURES)[None, :]
     chosen = inside & (entry < count)[:, None]
     token = tl.load(indices_ptr + batch * CAPACITY + entry, mask=entry < CAPACITY, other=0)
-    source = batch.to(tl.int64) * (TOKENS * FEATURES) + token[:, None] * FEATURES + feature[None, :]
-    target = (
-        batch.to(tl.int64) * (CAPACITY * FEATURES) + entry[:, None] * FEATURES + feature[None, :]
-    )
+    # a row of the batch may have 2^31 elements or more
+    source = (batch.to(tl.int64) * TOKENS + token)[:, None] * FEATURES + feature[None, :]
+    target = (batch.to(tl.int64) * CAPACITY + entry)[:, None] * FEATURES + feature[None, :]
     keys = tl.load(keys_ptr + source, mask=chosen, other=0.0)
     values = tl.load(values_ptr + source, mask=chosen, other=0.0)
     if CAPACITY < TOKENS:
@@ -74,10 +73,8 @@ def add(
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     chosen = (entry < tl.minimum(count, CAPACITY))[:, None] & (feature < FEATURES)[None, :]
     token = tl.load(indices_ptr + batch * CAPACITY + entry, mask=entry < CAPACITY, other=0)
-    target = batch.to(tl.int64) * (TOKENS * FEATURES) + token[:, None] * FEATURES + feature[None, :]
-    source = (
-        batch.to(tl.int64) * (CAPACITY * FEATURES) + entry[:, None] * FEATURES + feature[None, :]
-    )
+    target = (batch.to(tl.int64) * TOKENS + token)[:, None] * FEATURES + feature[None, :]
+    source = (batch.to(tl.int64) * CAPACITY + entry)[:, None] * FEATURES + feature[None, :]
     keys = tl.load(keys_ptr + target, mask=chosen).to(tl.float32)
     keys += tl.load(packed_keys_ptr + source, mask=chosen).to(tl.float32)
     values = tl.load(values_ptr + target, mask=chosen).to(tl.float32)
