@@ -80,7 +80,8 @@ def gathered(
 ) -> list[ListedSource]:
     """The sources with their own keys and values: those of packed sources are gathered.
 
-    With `finite`, no entry that a kernel reads is NaN or infinite because no row attends it.
+    With `finite`, no entry that a kernel reads is NaN or infinite because no row attends it; of a
+    packed source, whose chosen tokens are finite, the gather clears what lies after them.
     """
     listed = []
     for operand, known in zip(made, static, strict=True):

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int, Shaped
 
 
 class PackedIndices(NamedTuple):
-    """Where the chosen tokens are.
+    """Where the chosen tokens are; in a `RangeSource` these must be finite, in a range or not.
 
     Attributes:
       indices: the token at each packed entry, ascending; entries past the number of chosen tokens

@@ -31,7 +31,8 @@ class RangeSource:
 
     Neither bound may decrease along the rows; `end_i <= start_i` is an empty range. Bounds are
     given per row of the batch, or per row and KV head. Entries that lie in no row's range may hold
-    anything, NaN included.
+    anything, NaN included; but the chosen tokens of a packed source must be finite, in a range or
+    not: the Mosaic kernels multiply them by weights of 0. The other backends do not ask it.
 
     Attributes:
       queries: replaces the call's queries for this source, such as queries rotated by other

@@ -13,7 +13,7 @@ BLOCK = 64  # rows of a tensor core product
 SHARED_MEMORY = 227 * 1024
 _ALIGNED = 1024
 _BARRIER = 8
-# scratch of reductions, the least there is: none crosses warps
+# scratch of reductions, of which none crosses warps
 REDUCTION_BYTES = 512
 
 
