@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,18 +55,31 @@ def planned(
 
 
 def fastest(operation: str, key: str, backends: Sequence[str]) -> str | None:
-    """Of backends whose entries the table lists, the one of the least time; None if fewer than two.
+    """Of backends whose entries the table lists, the one of the least time.
 
-    Compared are the times of the last pass that entries of all of them have, the longest.
+    Compared are entries of one key, the nearest that is listed for all of them, and of these the
+    times of the longest pass that all of them have.
+
+    Returns:
+      a backend, or None where fewer than two are listed, or nothing of theirs compares.
     """
-    entries = _device_table().get(operation, {})
-    times = {}
-    for backend in backends:
-        listed = entries.get(backend, {})
-        nearest = _nearest(key, listed)
-        if nearest is not None:
-            times[backend] = max(listed[nearest]["milliseconds"].values())
-    return min(times, key=lambda backend: times[backend]) if len(times) > 1 else None
+    table = _device_table().get(operation, {})
+    listed = {
+        backend: table[backend]
+        for backend in backends
+        if _nearest(key, table.get(backend, {})) is not None
+    }
+    if len(listed) < 2:
+        return None
+    nearest = _nearest(key, _in_all(listed.values()))
+    if nearest is None:
+        return None
+    times = {backend: entries[nearest]["milliseconds"] for backend, entries in listed.items()}
+    passes = _in_all(times.values())
+    if not passes:
+        return None
+    longest = max(sorted(passes), key=lambda timed: max(time[timed] for time in times.values()))
+    return min(times, key=lambda backend: times[backend][longest])
 
 
 def attention_key(
@@ -109,23 +122,33 @@ def read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Entries by operation, backend and key; none where there is no such file.
 
     Raises:
-      ValueError: the file is damaged.
+      ValueError: the file is damaged; names an entry that lacks its plan or its times.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        for operation in table.values():
-            for entries in operation.values():
-                for entry in entries.values():
-                    dict(entry["plan"])
+        for operation, backends in table.items():
+            for backend, entries in backends.items():
+                for key, entry in entries.items():
+                    _check_entry(entry, f"{operation} {backend} {key!r}")
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the table of tuned plans {path} is damaged: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"the table of tuned plans {path} is damaged: {error}") from error
+    except AttributeError as error:
+        raise ValueError(
+            f"the table of tuned plans {path} is damaged: it does not list entries by operation, "
+            "backend and key"
+        ) from error
     return table
 
 
 def record(path: Path, operation: str, backend: str, key: str, entry: Mapping[str, Any]) -> None:
-    """Adds an entry to a file, or replaces the one there, atomically."""
+    """Adds an entry to a file, or replaces the one there, atomically.
+
+    Raises:
+      ValueError: the entry lacks its plan or its times, or the file is damaged.
+    """
+    _check_entry(entry, f"{operation} {backend} {key!r}")
     read.cache_clear()
     table = json.loads(json.dumps(read(path)))
     table.setdefault(operation, {}).setdefault(backend, {})[key] = dict(entry)
@@ -134,6 +157,19 @@ def record(path: Path, operation: str, backend: str, key: str, entry: Mapping[st
     partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, path)
     read.cache_clear()
+
+
+def _check_entry(entry: Any, name: str) -> None:
+    """Raises ValueError, naming the entry, if it does not hold a plan and its times."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the entry of {name} is {entry!r}; give its plan and milliseconds")
+    if not isinstance(entry.get("plan"), Mapping):
+        raise ValueError(f"the entry of {name} has no plan; give the fields of one")
+    times = entry.get("milliseconds")
+    if not isinstance(times, Mapping) or not all(
+        isinstance(time, (int, float)) for time in times.values()
+    ):
+        raise ValueError(f"the entry of {name} has no milliseconds; give a number for each pass")
 
 
 def _device_table() -> dict[str, dict[str, dict[str, Any]]]:
@@ -160,7 +196,11 @@ def _kind(source: Source) -> str:
     return name if source.queries is None else f"{name}(own queries)"
 
 
-def _nearest(key: str, listed: Mapping[str, Any]) -> str | None:
+def _in_all(groups: Iterable[Iterable[str]]) -> set[str]:
+    return set.intersection(*map(set, groups))
+
+
+def _nearest(key: str, listed: Collection[str]) -> str | None:
     if key in listed:
         return key
     shared, found, rows = key.partition(" rows=")

@@ -36,6 +36,10 @@ def key(rows, window=64):
     return tuning.attention_key(queries, sources)
 
 
+def entry(plan, **milliseconds):
+    return {"plan": plan, "milliseconds": milliseconds}
+
+
 def test_keys_hold_what_plans_depend_on():
     assert key(1000) == "bfloat16 head_dim=64 group=2 packed+window64 rows=1024"
     assert key(1025, 63) == "bfloat16 head_dim=64 group=2 packed+window64 rows=2048"
@@ -56,8 +60,8 @@ def test_keys_hold_what_plans_depend_on():
 def test_what_is_recorded_is_chosen(table):
     assert tuning.choose("attention", "mosaic", key(1024)) is None
     best = mosaic.Tiles(workers=3, stages=4)
-    entry = {"plan": dataclasses.asdict(best), "milliseconds": {"forward": 1.0}}
-    tuning.record(table, "attention", "mosaic", key(1024), entry)
+    found = entry(dataclasses.asdict(best), forward=1.0)
+    tuning.record(table, "attention", "mosaic", key(1024), found)
     assert mosaic.Tiles(**tuning.choose("attention", "mosaic", key(1024))) == best
     for other in (("attention", "triton", key(1024)), ("decode", "mosaic", key(1024))):
         assert tuning.choose(*other) is None
@@ -69,7 +73,7 @@ def test_what_is_recorded_is_chosen(table):
 
 def test_the_nearest_number_of_rows_serves(table):
     for rows in (512, 2048, 65536):
-        tuning.record(table, "attention", "triton", key(rows), {"plan": {"rows": rows}})
+        tuning.record(table, "attention", "triton", key(rows), entry({"rows": rows}))
     for asked, expected in (
         (1, 512),
         (512, 512),
@@ -85,7 +89,7 @@ def test_the_nearest_number_of_rows_serves(table):
 def test_decoding_takes_only_its_own_sizes(table):
     sizes = {"dtype": "bfloat16", "head_dim": 64, "kv_heads": 2, "points": 1, "batch": 2}
     near = tuning.decode_key(entries=1000, **sizes)
-    tuning.record(table, "decode", "triton", near, {"plan": {"splits": 3}})
+    tuning.record(table, "decode", "triton", near, entry({"splits": 3}))
     assert tuning.choose("decode", "triton", tuning.decode_key(entries=513, **sizes))
     assert tuning.choose("decode", "triton", tuning.decode_key(entries=512, **sizes)) is None
 
@@ -97,8 +101,27 @@ def test_a_damaged_table_is_named(text, table):
     with pytest.raises(ValueError, match=r"tuned plans .*\.json is damaged"):
         tuning.choose("attention", "triton", key(1024))
     with pytest.raises(ValueError, match="damaged"):
-        tuning.record(table, "attention", "triton", key(1024), {"plan": {}})
+        tuning.record(table, "attention", "triton", key(1024), entry({}))
     assert table.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ({}, "has no plan"),
+        ({"plan": {}}, "has no milliseconds; give a number for each pass"),
+        ({"plan": {}, "milliseconds": {"call": "1"}}, "has no milliseconds"),
+        (7, "is 7; give its plan and milliseconds"),
+    ],
+)
+def test_an_entry_that_lacks_something_is_named(damaged, message, table):
+    with pytest.raises(ValueError, match=f"the entry of decode triton 'k' {message}"):
+        tuning.record(table, "decode", "triton", "k", damaged)
+    assert not table.exists()
+    table.parent.mkdir()
+    table.write_text(json.dumps({"decode": {"triton": {"k": damaged}}}))
+    with pytest.raises(ValueError, match=rf"\.json is damaged: .*decode triton 'k' {message}"):
+        tuning.choose("decode", "triton", "k")
 
 
 def test_the_tables_of_the_package_can_be_read():
@@ -240,7 +263,7 @@ def test_what_is_listed_is_not_tuned_again(table, monkeypatch):
     monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
     listed = "bfloat16 head_dim=64 group=1 packed+window64 rows=256"
     for backend in tune.BACKENDS:
-        tuning.record(table, "attention", backend, listed, {"plan": {}})
+        tuning.record(table, "attention", backend, listed, entry({}))
     before = table.read_text()
     monkeypatch.setattr(tune, "search", None)
     assert tune.main([*QUICKSTART, "--missing"]) == 0
@@ -310,8 +333,8 @@ def test_the_kinds_of_attention(kind):
 def test_the_fastest_that_is_listed(table):
     listed = {"mosaic": 2.0, "cudnn": 3.0, "triton": 1.0}
     for backend, time in listed.items():
-        entry = {"plan": {}, "milliseconds": {"forward": 0.1, "training": time}}
-        tuning.record(table, "attention", backend, key(1024), entry)
+        found = entry({}, forward=0.1, training=time)
+        tuning.record(table, "attention", backend, key(1024), found)
     assert tuning.fastest("attention", key(1024), ("cudnn", "mosaic")) == "mosaic"
     assert tuning.fastest("attention", key(900), tuple(listed)) == "triton"
     # of one alone nothing is known
@@ -319,11 +342,32 @@ def test_the_fastest_that_is_listed(table):
     assert tuning.fastest("attention", key(1024, window=256), tuple(listed)) is None
 
 
+def test_the_fastest_is_told_by_passes_that_all_have(table):
+    tuning.record(table, "attention", "mosaic", key(64), entry({}, forward=1.0, training=9.0))
+    tuning.record(table, "attention", "triton", key(64), entry({}, forward=2.0))
+    assert tuning.fastest("attention", key(64), ("mosaic", "triton")) == "mosaic"
+    tuning.record(table, "attention", "triton", key(64), entry({}, call=2.0))
+    assert tuning.fastest("attention", key(64), ("mosaic", "triton")) is None
+
+
+def test_the_fastest_is_told_by_rows_that_all_have(table):
+    for backend, rows, time in (
+        ("mosaic", 1024, 2.0),
+        ("triton", 1024, 3.0),
+        # longer rows take more time
+        ("mosaic", 8192, 20.0),
+        ("triton", 64, 0.2),
+    ):
+        tuning.record(table, "attention", backend, key(rows), entry({}, training=time))
+    for rows in (64, 1024, 8192):
+        assert tuning.fastest("attention", key(rows), ("mosaic", "triton")) == "mosaic"
+    tuning.record(table, "attention", "cudnn", key(64), entry({}, training=0.1))
+    assert tuning.fastest("attention", key(64), ("mosaic", "cudnn")) is None
+
+
 def test_a_device_without_a_table_takes_its_relatives(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    tuning.record(
-        tmp_path / "NVIDIA_H100_80GB_HBM3.json", "decode", "triton", "k", {"plan": {"a": 1}}
-    )
+    tuning.record(tmp_path / "NVIDIA_H100_80GB_HBM3.json", "decode", "triton", "k", entry({"a": 1}))
 
     def on(kind):
         monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
@@ -331,7 +375,7 @@ def test_a_device_without_a_table_takes_its_relatives(tmp_path, monkeypatch):
 
     assert on("NVIDIA H200") == on("NVIDIA H100 80GB HBM3") == {"a": 1}
     assert on("NVIDIA A100-SXM4-80GB") is None
-    tuning.record(tuning.table_path("NVIDIA H200"), "decode", "triton", "k", {"plan": {"a": 2}})
+    tuning.record(tuning.table_path("NVIDIA H200"), "decode", "triton", "k", entry({"a": 2}))
     assert on("NVIDIA H200") == {"a": 2}
 
 
