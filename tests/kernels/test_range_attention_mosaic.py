@@ -120,6 +120,27 @@ def test_blocks_of_rows_without_tiles_end(monkeypatch):
         np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
 
 
+def padded_documents():
+    """Two documents in one row of the batch; padding that fills a program's rows in the other."""
+    length, window = 160, 20
+    queries, keys, values, chosen = tokens(
+        Shape(batch=2, length=length, heads=2, kv_heads=1, head_dim=64, density=0.3),
+        dtype=jnp.bfloat16,
+    )
+    token = jnp.arange(length)
+    start = jnp.stack([jnp.where(token < 50, 0, 50), jnp.full(length, 130)])
+    return queries, separator_sources(
+        keys, values, chosen & (token >= start), window, start.astype(jnp.int32)
+    )
+
+
+@needs_mosaic
+@pytest.mark.timeout(300, method="thread")
+def test_a_program_does_several_items(monkeypatch):
+    with interpreted(monkeypatch, multiprocessors=1):
+        check(padded_documents(), mosaic.Tiles(block_entries=64))
+
+
 @needs_mosaic
 def test_chosen_tokens_that_no_row_attends_have_no_gradient(plain_products):
     queries, (far, near) = separators(128, 1, 1, 64, density=1.0)
