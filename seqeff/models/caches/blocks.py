@@ -132,8 +132,9 @@ class BlockCache:
         # arrays of their own, which can be donated
         length, kept = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
         state = BlocksState(length, kept, jnp.zeros((sizes.batch, self.window), bool))
-        slots = (self.initial, self._slots(sizes.capacity), self.window)
-        return state, Blocks(*(KeysValues.empty(sizes, max(count, 1)) for count in slots))
+        kept = _aligned(sizes.capacity) if self.ring is None else max(self.ring, 1)
+        slots = (_aligned(self.initial), kept, self.window)
+        return state, Blocks(*(KeysValues.empty(sizes, count) for count in slots))
 
     def begin(
         self, state: BlocksState, tokens: Int[Array, "batch rows"], count: Int[Array, " batch"]
@@ -164,9 +165,6 @@ class BlockCache:
         kept = state.kept if self.ring is None else jnp.minimum(state.kept, self.ring)
         initial = jnp.clip(state.length - self.window, 0, self.initial)
         return initial + kept + jnp.minimum(state.length, self.window)
-
-    def _slots(self, capacity: int) -> int:
-        return capacity if self.ring is None else self.ring
 
     def _joins(self, tokens: Array, index: Array) -> Array:
         """Which tokens join the ring when they leave the window; `index` is theirs in the row."""
@@ -347,3 +345,8 @@ class BlockCache:
         )
         source = RangeSource(*listed, far.start, far.end, packed=far.packed)
         return source, listed.pick(far.ring_from)
+
+
+def _aligned(count: int) -> int:
+    """Slots for so many entries; a multiple of 8 can be read by Hopper's copy engine."""
+    return -(-max(count, 1) // 8) * 8
