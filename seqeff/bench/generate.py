@@ -69,14 +69,12 @@ def _measure(
     length = min(tokens, _LOOP)
     loops = math.ceil(tokens / length)
 
-    @jax.jit
-    def start() -> tuple[Any, Cache]:
-        parameters = nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1])
-        # the first loop warms up
-        capacity = prompt + (loops + 1) * length
-        return cached_parameters(config, parameters), empty_cache(config, batch, capacity)
-
-    parameters, cache = start()
+    # two programs: XLA takes minutes over random numbers whose every layer is cut out
+    parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
+    parameters = jax.jit(functools.partial(cached_parameters, config))(parameters)
+    # the first loop warms up
+    capacity = prompt + (loops + 1) * length
+    cache = jax.jit(functools.partial(empty_cache, config, batch, capacity))()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     sizes = {min(chunk, prompt), prompt % chunk} - {0}
     take = {

@@ -114,11 +114,7 @@ def _tuned(queries: Array, sources: tuple[Source, ...]) -> Tiles:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(queries: tuple[Array, ...], made: tuple[Operand, ...], plan: Plan):
-    # importing Pallas takes a while, and it is needed on Hopper alone
-    from seqeff_kernels.range_attention.mosaic.forward import forward
-
-    output, logsumexp = forward(queries, _sources(made, plan.static), plan)
-    return output, jnp.swapaxes(logsumexp[..., : output.shape[1]], 1, 2)
+    return _forward(plan, queries, made)
 
 
 def _attend_forward(queries, made, plan):
@@ -128,6 +124,24 @@ def _attend_forward(queries, made, plan):
 
 
 def _attend_backward(plan, saved, gradients):
+    return _backward(plan, saved, gradients)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# kernels take a second to lower: layers that attend alike share what is lowered
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(plan, queries, made):
+    # importing Pallas takes a while, and it is needed on Hopper alone
+    from seqeff_kernels.range_attention.mosaic.forward import forward
+
+    output, logsumexp = forward(queries, _sources(made, plan.static), plan)
+    return output, jnp.swapaxes(logsumexp[..., : output.shape[1]], 1, 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(plan, saved, gradients):
     from seqeff_kernels.range_attention.mosaic.gradients import (
         entries_gradient,
         queries_gradient,
@@ -162,9 +176,6 @@ def _attend_backward(plan, saved, gradients):
             )
         ),
     )
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _sources(made: tuple[Operand, ...], static: tuple[Static, ...]) -> list[ListedSource]:
