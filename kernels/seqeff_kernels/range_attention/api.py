@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from seqeff_kernels import tuning
 from seqeff_kernels.range_attention import cudnn, mosaic, reference, triton, xla
+from seqeff_kernels.range_attention.execution import Execution
 from seqeff_kernels.range_attention.sources import Source
 
 Backend = Literal["auto", "reference", "xla", "cudnn", "mosaic", "triton"]
@@ -87,6 +88,18 @@ def automatic(queries: Float[Array, "batch rows heads head_dim"], sources: Seque
         return "xla"
     key = tuning.attention_key(queries, sources)
     return tuning.fastest("attention", key, serving) or serving[0]
+
+
+def execution(
+    queries: Float[Array, "batch rows heads head_dim"],
+    sources: Sequence[Source],
+    *,
+    backend: Backend = "auto",
+) -> Execution:
+    """How a call is served by a backend, or by the one that `auto` takes; as `explain`."""
+    sources = tuple(sources)
+    name = automatic(queries, sources) if backend == "auto" else backend
+    return _BACKENDS[name].execution(queries, sources)
 
 
 def explain(

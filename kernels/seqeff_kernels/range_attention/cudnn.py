@@ -7,6 +7,7 @@ dtype.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,11 +21,14 @@ from jaxtyping import Float
 
 from seqeff_kernels import gpu
 from seqeff_kernels.range_attention import xla
+from seqeff_kernels.range_attention.execution import Execution
 from seqeff_kernels.range_attention.sources import Source, TokenSource
 
 # head sizes and devices on which experiments/gpu_checks/attention.py has passed
 TESTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 TESTED_CAPABILITIES = ((9, 0),)
+# of XLA, which ask for the same bits every time
+_DETERMINISM_FLAGS = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
 def tested(queries: Array) -> bool:
     """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
     return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
+
+
+def execution(queries: Array, sources: tuple[Source, ...]) -> Execution:
+    """How this backend serves a call: in tiles of its own; gradients are sums in any order."""
+    del queries, sources
+    asked = any(flag in os.environ.get("XLA_FLAGS", "") for flag in _DETERMINISM_FLAGS)
+    return Execution(backend="cudnn", plan={}, deterministic=None if asked else False)
 
 
 def attend(

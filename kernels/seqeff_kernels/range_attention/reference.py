@@ -7,12 +7,19 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from seqeff_kernels.range_attention.execution import Execution
 from seqeff_kernels.range_attention.sources import Source
 
 
 def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
     """Why this backend cannot serve, or None: the reference serves everything."""
     del queries, sources
+
+
+def execution(queries: Array, sources: tuple[Source, ...]) -> Execution:
+    """How this backend serves a call: by autodiff of whole matrices, as XLA pleases."""
+    del queries, sources
+    return Execution(backend="reference", plan={}, deterministic=None)
 
 
 def attend(

@@ -8,6 +8,7 @@ a table that XLA makes from the bounds. Every sum is taken in one order: results
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import cast
@@ -19,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from seqeff_kernels import gpu, tuning
-from seqeff_kernels.range_attention.mosaic.tiles import Plan, Tiles
+from seqeff_kernels.range_attention.execution import Execution, Walk
+from seqeff_kernels.range_attention.mosaic.tiles import BLOCK, Plan, Tiles
 from seqeff_kernels.range_attention.operands import (
     Operand,
     Static,
@@ -27,7 +29,7 @@ from seqeff_kernels.range_attention.operands import (
     operands,
     token_gradients,
 )
-from seqeff_kernels.range_attention.sources import ListedSource, Source
+from seqeff_kernels.range_attention.sources import ListedSource, Source, TokenSource
 
 HEAD_DIMS = (64, 128)
 _OLDEST_JAX = (0, 11)
@@ -82,20 +84,11 @@ def attend(
     scale: float,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
-    """See `range_attention`; `tiles` replaces what the table lists, for tuning."""
+    """See `range_attention`; `tiles` replaces those of `chosen_plan`, for tuning."""
     rows = queries.shape[1]
-    distinct: list[Array] = []
-    which = []
-    for source in sources:
-        own = queries if source.queries is None else source.queries
-        same = [index for index, other in enumerate(distinct) if other is own]
-        which.append(same[0] if same else len(distinct))
-        if not same:
-            distinct.append(own)
+    distinct, which = _distinct_queries(queries, sources)
     made, static = operands(queries, sources)
-    tiles = tiles or _tuned(queries, sources)
-    tiles = tiles.fitted(queries.shape[-1], len(distinct), len(sources))
-    plan = Plan(tuple(which), static, scale, tiles)
+    plan = Plan(tuple(which), static, scale, tiles or chosen_plan(queries, sources))
     output, logsumexp = cast(
         tuple[Array, Array],
         _attend(
@@ -107,9 +100,44 @@ def attend(
     return output[:, :rows], logsumexp[:, :rows]
 
 
-def _tuned(queries: Array, sources: tuple[Source, ...]) -> Tiles:
+def chosen_plan(queries: Array, sources: tuple[Source, ...]) -> Tiles:
+    """The tiles that the table lists, or the default ones, cut to what fits."""
     key = tuning.attention_key(queries, sources)
-    return tuning.planned("attention", "mosaic", key, Tiles, Tiles)
+    tiles = tuning.planned("attention", "mosaic", key, Tiles, Tiles)
+    distinct, _ = _distinct_queries(queries, sources)
+    return tiles.fitted(queries.shape[-1], len(distinct), len(sources))
+
+
+def execution(queries: Array, sources: tuple[Source, ...]) -> Execution:
+    """How this backend serves a call."""
+    tiles = chosen_plan(queries, sources)
+    forward, backward = [], []
+    for index, source in enumerate(sources):
+        window = source.window if isinstance(source, TokenSource) else None
+        forward.append(Walk(index, tiles.block_rows, tiles.entries(window), 2))
+        # scores and the weights' gradient are in both kernels of the backward pass
+        backward.append(Walk(index, tiles.block_rows, tiles.backward_tile, 3))
+        backward.append(Walk(index, tiles.backward_tile, BLOCK, 4))
+    return Execution(
+        backend="mosaic",
+        plan=dataclasses.asdict(tiles),
+        deterministic=True,
+        forward=forward,
+        backward=backward,
+    )
+
+
+def _distinct_queries(queries: Array, sources: tuple[Source, ...]) -> tuple[list[Array], list[int]]:
+    """The different arrays of queries, and which of them each source takes."""
+    distinct: list[Array] = []
+    which = []
+    for source in sources:
+        own = queries if source.queries is None else source.queries
+        same = [index for index, other in enumerate(distinct) if other is own]
+        which.append(same[0] if same else len(distinct))
+        if not same:
+            distinct.append(own)
+    return distinct, which
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -6,6 +6,7 @@ its entries'. Each output element is written by one program, so gradients are de
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from seqeff_kernels import gpu, tuning
+from seqeff_kernels.range_attention.execution import Execution, Walk
 from seqeff_kernels.range_attention.operands import (
     Static,
     gathered,
@@ -26,7 +28,7 @@ from seqeff_kernels.range_attention.operands import (
     token_gradients,
 )
 from seqeff_kernels.range_attention.packing import PackedIndices
-from seqeff_kernels.range_attention.sources import ListedSource, Source
+from seqeff_kernels.range_attention.sources import ListedSource, RangeSource, Source
 
 _LARGEST_HEAD_DIM = 256
 _MOST_SOURCES = 3
@@ -117,20 +119,42 @@ def attend(
     scale: float,
     tiles: Plan | None = None,
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
-    """See `range_attention`; `tiles` replaces what the table lists, for tuning."""
+    """See `range_attention`; `tiles` replaces those of `chosen_plan`, for tuning."""
     made, static = operands(queries, sources)
-    tiles = tiles or _tuned(queries, sources)
+    tiles = tiles or chosen_plan(queries, sources)
     output, logsumexp = cast(tuple[Array, Array], _attend(queries, made, scale, static, tiles))
     return output, jnp.swapaxes(logsumexp, 1, 2)
 
 
-def _tuned(queries: Array, sources: tuple[Source, ...]) -> Plan:
+def chosen_plan(queries: Array, sources: tuple[Source, ...]) -> Plan:
+    """The tiles that the table lists, or those of `plan`."""
     return tuning.planned(
         "attention",
         "triton",
         tuning.attention_key(queries, sources),
         lambda **kernels: Plan(**{kernel: Tiles(**sizes) for kernel, sizes in kernels.items()}),
         lambda: plan(queries.shape[-1], str(queries.dtype)),
+    )
+
+
+def execution(queries: Array, sources: tuple[Source, ...]) -> Execution:
+    """How this backend serves a call."""
+    chosen = chosen_plan(queries, sources)
+    forward, backward = [], []
+    for index, source in enumerate(sources):
+        packed = isinstance(source, RangeSource) and source.packed is not None
+        entries = chosen.packed_gradient if packed else chosen.entries_gradient
+        rows = chosen.queries_gradient
+        forward.append(Walk(index, chosen.forward.rows, chosen.forward.entries, 2))
+        # scores and the weights' gradient are in both kernels of the backward pass
+        backward.append(Walk(index, rows.rows, rows.entries, 3))
+        backward.append(Walk(index, entries.rows, entries.entries, 4))
+    return Execution(
+        backend="triton",
+        plan=dataclasses.asdict(chosen),
+        deterministic=True,
+        forward=forward,
+        backward=backward,
     )
 
 
