@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic_interpreter import interpreted, lowered, needs_mosaic
+from mosaic_interpreter import interpreted, lowered, needs_mosaic, shared_memory
 
-from seqeff_kernels import gpu
+from seqeff_kernels import gpu, tuning
 from seqeff_kernels.decode_attention import CacheBlock, merge, mosaic, reference
 from seqeff_kernels.decode_attention.plan import Sizes
+from seqeff_kernels.range_attention.mosaic.tiles import SHARED_MEMORY
 
 
 def call(rows, heads, kv_heads, capacities, filled, new, own=False, head_dim=64):
@@ -96,6 +99,38 @@ def test_plans_fit_the_chip():
                 assert 1 <= planned.splits <= max(1, 132 // batch)
 
 
+@needs_mosaic
+def test_a_plan_that_is_listed_for_fewer_blocks_is_cut_to_what_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    path = tuning.table_path(jax.devices()[0].device_kind)
+
+    def entries_of(count):
+        """The call's shapes, whose blocks hold 1024 entries together."""
+        queries, blocks, _ = shapes_of(128, 128, own=count - 1, blocks=count)
+        capacity = {1: 1024, 3: 320}[count]
+        like = jax.ShapeDtypeStruct((2, capacity, 1, 128), jnp.bfloat16)
+        return queries, tuple(dataclasses.replace(b, keys=like, values=like) for b in blocks), None
+
+    alone, many = entries_of(1), entries_of(3)
+    keys = {Sizes.of(*call).key("bfloat16") for call in (alone, many)}
+    listed = mosaic.Plan(splits=5, stages=3, tile_entries=128)
+    entry = {"plan": dataclasses.asdict(listed), "milliseconds": {"call": 1.0}}
+    (key,) = keys
+    tuning.record(path, "decode", "mosaic", key, entry)
+
+    def run(*call):
+        return mosaic.attend(*call, 0.1)[0]
+
+    assert mosaic.chosen_plan(*alone) == listed
+    assert mosaic.chosen_plan(*many) == dataclasses.replace(listed, tile_entries=64)
+    for call in (alone, many):
+        assert shared_memory(run, *call) <= SHARED_MEMORY
+    assert lowered(run, *many).count("@mosaic_gpu_v2") == 1
+    # one that is given is not cut: what was timed is what is listed
+    with pytest.raises(ValueError, match="shared memory"):
+        lowered(lambda *call: mosaic.attend(*call, 0.1, listed)[0], *many)
+
+
 def test_merging_splits():
     generator = np.random.default_rng(0)
     output = generator.normal(size=(2, 3, 5, 8)).astype(np.float32)
@@ -121,11 +156,11 @@ CASES = {
 
 @needs_mosaic
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("splits", [1, 3])
-def test_interpreted_kernels_equal_the_reference(name, splits, monkeypatch):
+@pytest.mark.parametrize(("splits", "tile_entries"), [(1, 64), (3, 64), (2, 128)])
+def test_interpreted_kernels_equal_the_reference(name, splits, tile_entries, monkeypatch):
     queries, blocks, new = CASES[name]
     with interpreted(monkeypatch):
-        plan = mosaic.Plan(splits=splits, stages=2)
+        plan = mosaic.Plan(splits=splits, stages=2, tile_entries=tile_entries)
         output, logsumexp = mosaic.attend(queries, blocks, new, 0.2, plan)
     want, want_logsumexp = reference.attend(queries, blocks, new, 0.2)
     np.testing.assert_allclose(logsumexp, want_logsumexp, rtol=1e-5, atol=1e-5)

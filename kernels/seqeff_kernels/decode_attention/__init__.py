@@ -1,6 +1,21 @@
 """Attention of a row's newest tokens over blocks of cached keys and values; see README.md."""
 
-from seqeff_kernels.decode_attention.api import automatic, decode_attention, explain
+from seqeff_kernels.decode_attention.api import (
+    Backend,
+    Execution,
+    automatic,
+    decode_attention,
+    execution,
+    explain,
+)
 from seqeff_kernels.decode_attention.blocks import CacheBlock
 
-__all__ = ["CacheBlock", "automatic", "decode_attention", "explain"]
+__all__ = [
+    "Backend",
+    "CacheBlock",
+    "Execution",
+    "automatic",
+    "decode_attention",
+    "execution",
+    "explain",
+]

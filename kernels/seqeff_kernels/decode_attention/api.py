@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from jax import Array, custom_jvp
 from jaxtyping import Float
@@ -19,6 +20,18 @@ Backend = Literal["auto", "reference", "xla", "triton", "mosaic"]
 _BACKENDS = {"reference": reference, "xla": xla, "triton": triton, "mosaic": mosaic}
 # those of GPUs, the first where the table says nothing
 _KERNELS = ("triton", "mosaic")
+
+
+class Execution(NamedTuple):
+    """How a call is served.
+
+    Attributes:
+      backend: its name.
+      plan: the fields of its plan; none where it has nothing to plan.
+    """
+
+    backend: str
+    plan: dict[str, Any]
 
 
 def decode_attention(
@@ -90,6 +103,22 @@ def automatic(
         return "xla"
     key = Sizes.of(queries, blocks, new).key(str(queries.dtype))
     return tuning.fastest("decode", key, serving) or serving[0]
+
+
+def execution(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: Sequence[CacheBlock],
+    *,
+    new: NewEntries | None = None,
+    backend: Backend = "auto",
+) -> Execution:
+    """How a call is served by a backend, or by the one that `auto` takes; as `explain`."""
+    blocks = tuple(blocks)
+    name = automatic(queries, blocks, new=new) if backend == "auto" else backend
+    if name not in _KERNELS:
+        return Execution(name, {})
+    plan = _BACKENDS[name].chosen_plan(queries, blocks, new)
+    return Execution(name, dataclasses.asdict(plan))
 
 
 def explain(

@@ -6,6 +6,7 @@ entries, which the copying worker fetches ahead of the products.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -35,12 +36,22 @@ class Plan:
     """The sizes of a launch.
 
     Attributes:
-      splits: parts in which the entries of a KV head are cut, a program each.
-      stages: tiles of 64 entries in shared memory.
+      splits: parts in which the entries of a KV head are cut, an item of work each.
+      stages: tiles of entries in shared memory.
+      tile_entries: entries of a tile.
     """
 
     splits: int
     stages: int
+    tile_entries: int = BLOCK
+
+    def fitted(self, sizes: Sizes) -> Plan:
+        """This or, where it does not fit, with fewer stages or, where need be, smaller tiles."""
+        workers, tile = _workers(sizes), self.tile_entries
+        if _most_stages(sizes, workers, tile) < _LEAST_STAGES:
+            tile = BLOCK
+        stages = min(self.stages, _most_stages(sizes, workers, tile))
+        return dataclasses.replace(self, tile_entries=tile, stages=stages)
 
 
 def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> str | None:
@@ -78,6 +89,14 @@ def plan(sizes: Sizes) -> Plan:
     )
 
 
+def chosen_plan(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> Plan:
+    """The plan that the table lists, or that of the shapes, cut to what fits."""
+    sizes = Sizes.of(queries, blocks, new)
+    key = sizes.key(str(queries.dtype))
+    # what is listed under a key may have fewer blocks, and fewer arrays of queries
+    return tuning.planned("decode", "mosaic", key, Plan, lambda: plan(sizes)).fitted(sizes)
+
+
 def attend(
     queries: Float[Array, "batch rows heads head_dim"],
     blocks: tuple[CacheBlock, ...],
@@ -85,15 +104,13 @@ def attend(
     scale: float,
     planned: Plan | None = None,
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
-    """See `decode_attention`; `planned` replaces the plan of the table or of the shapes."""
+    """See `decode_attention`; `planned` replaces `chosen_plan`, for tuning."""
     from seqeff_kernels.range_attention.mosaic.forward import forward
 
     batch, rows, heads, head_dim = queries.shape
     sizes = Sizes.of(queries, blocks, new)
     kv_heads, points = sizes.kv_heads, sizes.points
-    planned = planned or tuning.planned(
-        "decode", "mosaic", sizes.key(str(queries.dtype)), Plan, lambda: plan(sizes)
-    )
+    planned = planned or chosen_plan(queries, blocks, new)
 
     def to_points(array: Array) -> Array:
         split = array.reshape(batch, rows, kv_heads, -1, head_dim)
@@ -117,8 +134,7 @@ def attend(
         keys, values = (mosaic.pad_lines(x) for x in new)
         sources.append(source(keys, values, row[None, None] + 1))
 
-    workers = _workers(sizes)
-    tiles = _tiles(workers, min(planned.stages, _most_stages(sizes, workers)))
+    tiles = _tiles(_workers(sizes), planned.tile_entries, planned.stages)
     static = tuple(Static(i, s.keys.shape[1], False, None) for i, s in enumerate(sources))
     output, logsumexp = forward(
         [to_points(own) for own in distinct],
@@ -141,16 +157,23 @@ def attend(
     return to_heads(output), to_heads(logsumexp)
 
 
-def _tiles(workers: int, stages: int) -> Tiles:
-    return Tiles(workers=workers, block_entries=BLOCK, stages=stages, buffers=1, take_turns=False)
+def _tiles(workers: int, entries: int, stages: int) -> Tiles:
+    return Tiles(
+        workers=workers,
+        block_entries=entries,
+        window_entries=entries,
+        stages=stages,
+        buffers=1,
+        take_turns=False,
+    )
 
 
-def _most_stages(sizes: Sizes, workers: int) -> int:
+def _most_stages(sizes: Sizes, workers: int, tile_entries: int = BLOCK) -> int:
     """How many stages fit beside the queries and the rows' bounds; 0 if not one does."""
 
     def fits(stages: int) -> bool:
-        used = _tiles(workers, stages).shared_memory(sizes.head_dim, sizes.queries, sizes.lists)
-        return used <= SHARED_MEMORY
+        tiles = _tiles(workers, tile_entries, stages)
+        return tiles.shared_memory(sizes.head_dim, sizes.queries, sizes.lists) <= SHARED_MEMORY
 
     return next(filter(fits, range(_MOST_STAGES, 0, -1)), 0)
 

@@ -44,6 +44,18 @@ def tested(queries: Array) -> bool:
     return queries.shape[-1] in TESTED_HEAD_DIMS and compute_capability() in TESTED_CAPABILITIES
 
 
+def chosen_plan(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> Plan:
+    """The plan that the table lists, or that of the shapes."""
+    sizes = Sizes.of(queries, blocks, new)
+    return tuning.planned(
+        "decode",
+        "triton",
+        sizes.key(str(queries.dtype)),
+        Plan,
+        lambda: plan(sizes, queries.dtype.itemsize),
+    )
+
+
 def attend(
     queries: Float[Array, "batch rows heads head_dim"],
     blocks: tuple[CacheBlock, ...],
@@ -51,19 +63,13 @@ def attend(
     scale: float,
     planned: Plan | None = None,
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
-    """See `decode_attention`; `planned` replaces the plan of the table or of the shapes."""
+    """See `decode_attention`; `planned` replaces `chosen_plan`, for tuning."""
     from seqeff_kernels.decode_attention import triton_kernels
 
     batch, rows, heads, head_dim = queries.shape
     sizes = Sizes.of(queries, blocks, new)
     kv_heads, points = sizes.kv_heads, sizes.points
-    planned = planned or tuning.planned(
-        "decode",
-        "triton",
-        sizes.key(str(queries.dtype)),
-        Plan,
-        lambda: plan(sizes, queries.dtype.itemsize),
-    )
+    planned = planned or chosen_plan(queries, blocks, new)
 
     absent = (queries, blocks[0].keys, blocks[0].values, blocks[0].filled)
     inputs = [
