@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 from seqeff_kernels import gpu
 from seqeff_kernels.decode_attention.plan import power_of_two
 
-_COLUMNS = 64
+# of partial outputs, that a program merges: a launch of many small ones takes longer than its reads
+_PROGRAM_NUMBERS = 2048
+_LEAST_COLUMNS = 64
 
 
 def merge(
@@ -28,6 +30,9 @@ def merge(
         return merge_portably(output, logsumexp, dtype)
     from seqeff_kernels.decode_attention import triton_kernels
 
+    padded = power_of_two(splits)
+    columns = min(power_of_two(head_dim), max(_LEAST_COLUMNS, _PROGRAM_NUMBERS // padded))
+    tile = min(power_of_two(points), max(1, _PROGRAM_NUMBERS // (padded * columns)))
     merged, total = gpu.triton_call(
         triton_kernels.merge,
         [output, logsumexp],
@@ -35,14 +40,15 @@ def merge(
             jax.ShapeDtypeStruct((batch, points, head_dim), dtype),
             jax.ShapeDtypeStruct((batch, points), jnp.float32),
         ],
-        grid=(points, batch, -(-head_dim // _COLUMNS)),
+        grid=(-(-points // tile), batch, -(-head_dim // columns)),
         num_warps=4,
         num_stages=1,
         POINTS=points,
         HEAD_DIM=head_dim,
         SPLITS=splits,
-        PADDED_SPLITS=power_of_two(splits),
-        COLUMNS=_COLUMNS,
+        PADDED_SPLITS=padded,
+        TILE=tile,
+        COLUMNS=columns,
     )
     return merged, total
 

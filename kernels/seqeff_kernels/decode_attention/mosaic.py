@@ -118,7 +118,8 @@ def attend(
 
     def source(keys: Array, values: Array, end: Array) -> ListedSource:
         end = jnp.broadcast_to(end, (*end.shape[:2], points)).astype(jnp.int32)
-        return ListedSource(None, keys, values, jnp.zeros_like(end), end)
+        # from the ends, so that XLA can make both in one kernel: zeros take one of their own
+        return ListedSource(None, keys, values, jnp.minimum(end, 0), end)
 
     distinct = distinct_queries(queries, blocks, new)
 

@@ -225,30 +225,34 @@ def merge(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Merges the splits of one of POINTS rows and heads of a row of the batch, in fixed order."""
-    point = tl.program_id(0)
+    """Merges the splits of TILE of the POINTS rows and heads of a batch row, in fixed order."""
+    point = tl.program_id(0) * TILE + tl.arange(0, TILE)
     batch = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, PADDED_SPLITS)
-    partial = (batch * SPLITS + split) * POINTS + point
-    parts = tl.load(partial_logsumexp + partial, mask=split < SPLITS, other=float("-inf"))
-    maximum = tl.max(parts, 0)
+    asked = point < POINTS
+    partial = (batch * SPLITS + split)[None, :] * POINTS + point[:, None]
+    present = asked[:, None] & (split < SPLITS)[None, :]
+    parts = tl.load(partial_logsumexp + partial, mask=present, other=float("-inf"))
+    maximum = tl.max(parts, 1)
     finite = tl.where(maximum == float("-inf"), 0.0, maximum)
-    weights = tl.exp2((parts - finite) * LOG2_E)
-    total = tl.sum(weights, 0)
+    weights = tl.exp2((parts - finite[:, None]) * LOG2_E)
+    total = tl.sum(weights, 1)
 
     # the output of a split without entries was never written
-    mask = (weights > 0)[:, None] & (column < HEAD_DIM)[None, :]
-    location = partial[:, None] * HEAD_DIM + column[None, :]
+    mask = (weights > 0)[:, :, None] & (column < HEAD_DIM)[None, None, :]
+    location = partial[:, :, None] * HEAD_DIM + column[None, None, :]
     outputs = tl.load(partial_output + location, mask=mask, other=0.0)
-    merged = tl.sum(outputs * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
+    merged = tl.sum(outputs * weights[:, :, None], 1)
+    merged = merged / tl.where(total == 0, 1.0, total)[:, None]
     result = batch * POINTS + point
     tl.store(
-        output + result * HEAD_DIM + column,
+        output + result[:, None] * HEAD_DIM + column[None, :],
         merged.to(output.dtype.element_ty),
-        mask=column < HEAD_DIM,
+        mask=asked[:, None] & (column < HEAD_DIM)[None, :],
     )
     if tl.program_id(2) == 0:
-        tl.store(logsumexp + result, maximum + tl.log2(total) / LOG2_E)
+        tl.store(logsumexp + result, maximum + tl.log2(total) / LOG2_E, asked)
