@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from seqeff_kernels.decode_attention.mosaic import Plan as MosaicPlan
 from seqeff_kernels.decode_attention.plan import MAXIMUM_SPLITS, Plan
 from seqeff_kernels.range_attention.triton import Tiles
 
@@ -103,8 +104,8 @@ _DECODE_TILES = (
     (128, 4, 3),
     (128, 8, 3),
 )
-# fewer stages where blocks of queries leave less room, and none where the plan's are the most
-MOSAIC_DECODE_STEPS = (Step("call", [{"stages": stages} for stages in (2, 3, 4, 6)]),)
+# entries of a tile and stages; those for which there is no room are skipped
+_MOSAIC_DECODE_TILES = ((64, 2), (64, 3), (64, 4), (64, 6), (128, 2), (128, 3))
 _SPLITS = (0.25, 0.5, 0.75, 1.5, 2, 4)
 
 
@@ -114,6 +115,19 @@ def decode_steps(start: Plan) -> tuple[Step, ...]:
         {"tile_entries": entries, "num_warps": warps, "num_stages": stages}
         for entries, warps, stages in _DECODE_TILES
     ]
-    splits = {max(1, round(start.splits * factor)) for factor in _SPLITS}
-    fitting = sorted(count for count in splits if count <= MAXIMUM_SPLITS)
-    return Step("call", tiles), Step("call", [{"splits": count} for count in fitting])
+    return Step("call", tiles), _split_step(start.splits)
+
+
+def mosaic_decode_steps(start: MosaicPlan) -> tuple[Step, ...]:
+    """The same for the Mosaic kernel."""
+    tiles = [
+        {"tile_entries": entries, "stages": stages} for entries, stages in _MOSAIC_DECODE_TILES
+    ]
+    return Step("call", tiles), _split_step(start.splits)
+
+
+def _split_step(splits: int) -> Step:
+    """Some more and some fewer; one too, after which nothing is left to merge."""
+    counts = {1, *(max(1, round(splits * factor)) for factor in _SPLITS)}
+    fitting = sorted(count for count in counts if count <= MAXIMUM_SPLITS)
+    return Step("call", [{"splits": count} for count in fitting])

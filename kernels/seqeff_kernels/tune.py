@@ -29,11 +29,11 @@ from jax import Array
 
 from seqeff_kernels import gpu, tuning
 from seqeff_kernels.candidates import (
-    MOSAIC_DECODE_STEPS,
     MOSAIC_STEPS,
     TRITON_STEPS,
     Step,
     decode_steps,
+    mosaic_decode_steps,
 )
 from seqeff_kernels.decode_attention import mosaic as decode_mosaic
 from seqeff_kernels.decode_attention import plan as decode_plan
@@ -190,9 +190,10 @@ def tune_decode(
     sizes = decode_plan.Sizes.of(*sets[0])
     key = sizes.key(jnp.dtype(_DTYPE).name)
     triton_start = decode_plan.plan(sizes, jnp.dtype(_DTYPE).itemsize)
+    mosaic_start = decode_mosaic.plan(sizes)
     starts = {
         "triton": (triton_start, decode_steps(triton_start), decode_triton),
-        "mosaic": (decode_mosaic.plan(sizes), MOSAIC_DECODE_STEPS, decode_mosaic),
+        "mosaic": (mosaic_start, mosaic_decode_steps(mosaic_start), decode_mosaic),
     }
     for backend, (start, steps, module) in starts.items():
         if missing and _listed(path, "decode", backend, key):

@@ -187,6 +187,11 @@ def test_every_candidate_is_a_plan():
             for splits in (1, 7, 256)
             for start in [Plan(tile_entries=64, splits=splits, num_warps=4, num_stages=3)]
         ),
+        *(
+            (start, tune.mosaic_decode_steps(start))
+            for splits in (1, 2, 132)
+            for start in [decode_mosaic.Plan(splits=splits, stages=3)]
+        ),
     ):
         counted = []
         found = tune.search(
@@ -194,7 +199,8 @@ def test_every_candidate_is_a_plan():
         )
         assert found[0] == start
         assert len(counted) > len(steps)
-    assert all(1 <= plan.splits <= 256 for plan in counted)
+        if hasattr(start, "splits"):
+            assert {1, start.splits} < {plan.splits for plan in counted} <= set(range(1, 257))
 
 
 def test_every_choice_of_candidates_is_a_plan():
