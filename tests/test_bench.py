@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tiny_run import refused, seqeff
 
-from seqeff.bench import attention, data, decode, report, torch_attention
+from seqeff.bench import attention, data, decode, programs, report, torch_attention
 from seqeff_kernels.decode_attention import shapes as decode_shapes
+from seqeff_kernels.range_attention import cost, execution
 from seqeff_kernels.range_attention.shapes import SHAPES
 
 
@@ -21,16 +22,21 @@ def gpu(monkeypatch):
     """Stands in for a GPU: the portable form serves, and times are by what is called."""
     monkeypatch.setattr(report.gpu, "compute_capability", lambda: (9, 0))
 
-    def times(function, sets, **_):
+    def compile_loop(function, sets, iterations):
+        assert iterations > 1
         jax.eval_shape(function, *sets[0])
-        milliseconds = {"forward": 2.0, "both": 8.0}.get(getattr(function, "__name__", ""), 0.6)
+        return getattr(function, "__name__", "")
+
+    def loop_times(loop, *_):
+        milliseconds = {"forward": 2.0, "both": 8.0}.get(loop, 0.6)
         return [1e-3 * milliseconds * factor for factor in (1.5, 1.0, 0.5)]
 
     def portable(queries, keys, values, *_):
         return jax.nn.dot_product_attention(queries, keys, values)
 
-    for module in (attention, decode):
-        monkeypatch.setattr(module, "device_times", times)
+    monkeypatch.setattr(programs, "compile_loop", compile_loop)
+    monkeypatch.setattr(programs, "loop_times", loop_times)
+    monkeypatch.setattr(decode, "device_times", lambda *_: [1e-3])
     monkeypatch.setattr(attention, "_cudnn", portable)
     monkeypatch.setattr(attention, "_ROTATED_BYTES", 1)
     monkeypatch.setattr(decode, "_ROTATED_BYTES", 1)
@@ -88,8 +94,13 @@ def test_attention_rows(gpu, tmp_path):
     assert dense["needed_forward_flops"] == 2 * 4 * 4 * 16 * (1000 * 1001 // 2)
     assert dense["needed_backward_flops"] == 2.5 * dense["needed_forward_flops"]
     assert ours["needed_forward_flops"] < dense["needed_forward_flops"] / 5
-    assert ours["needed_forward_flops"] < ours["executed_forward_flops"]
     assert (dense["deterministic"], ours["deterministic"]) == (False, True)
+    assert (dense["backend"], dense["plan"], dense["executed_forward_flops"]) == ("cudnn", {}, None)
+    # on a CPU tiles are 64 by 64: 31 of the window for each of 2 by 4 heads, and the packed ones
+    assert (ours["backend"], ours["plan"]) == ("xla", {})
+    near = (4 * 16) * (2 * 4) * (64 * 64) * 31
+    assert near < ours["executed_forward_flops"] < 3 * near
+    assert ours["executed_backward_flops"] == 2.5 * ours["executed_forward_flops"]
     assert dense["forward"] == {
         "milliseconds": 2.0,
         "fastest_milliseconds": 1.0,
@@ -106,7 +117,7 @@ def test_attention_rows(gpu, tmp_path):
     assert ours["forward_and_backward"]["milliseconds"] == 8.05
     lines = result.output.splitlines()
     assert len(lines) == 2 + len(rows)
-    (line,) = [line for line in lines if line.startswith("odd") and " 7  auto" in line]
+    (line,) = [line for line in lines if line.startswith("odd") and " 7  auto: xla" in line]
     assert "2.050    0.98" in line
     assert line.endswith("yes")
 
@@ -134,25 +145,57 @@ def test_an_implementation_that_fails_is_a_row(gpu, monkeypatch):
     assert all(attention.line(row) for row in ours)
 
 
+def test_nothing_compiles_while_something_is_timed(gpu, monkeypatch):
+    compiled, timed = [], []
+    compile_loop, loop_times = programs.compile_loop, programs.loop_times
+
+    def slow(function, *given):
+        time.sleep(0.05 if getattr(function, "__name__", "") == "both" else 0)
+        compiled.append(function)
+        return compile_loop(function, *given)
+
+    def watched(*given):
+        timed.append(len(compiled))
+        return loop_times(*given)
+
+    monkeypatch.setattr(programs, "compile_loop", slow)
+    monkeypatch.setattr(programs, "loop_times", watched)
+    monkeypatch.setattr(attention, "explain", lambda *_: {"xla": "available"})
+    rows = list(attention.benchmark_attention(["odd"], [7, 63], backends=["auto"]))
+    assert not any("error" in row for row in rows)
+    # two passes of the three; and of each window, the indices and the gather
+    assert timed == [2 * 3 + 2 * 2] * 10
+
+
+def test_plans_are_told(gpu, monkeypatch):
+    served = attention.execution
+
+    def on_hopper(queries, sources, backend):
+        return served(queries, sources, backend="mosaic" if backend == "auto" else backend)
+
+    monkeypatch.setattr(attention, "execution", on_hopper)
+    monkeypatch.setitem(SHAPES, "half", dataclasses.replace(SHAPES["odd"], head_dim=64))
+    _, ours = attention.benchmark_attention(["half"], [64], backends=["auto"])
+    assert ours["backend"] == "mosaic"
+    assert ours["plan"]["window_entries"] == 64
+    assert "auto: mosaic" in attention.line(ours)
+    assert json.dumps(ours["plan"])
+
+
 def test_gradients_reach_every_input_of_the_timed_call(monkeypatch):
     """The call under `forward_and_backward` returns what a user's gradient would."""
-    called = {}
-
-    def spy(function, sets, **_):
-        called[function.__name__] = jax.jit(function)(*sets[0])
-        return [1.0]
-
-    monkeypatch.setattr(attention, "device_times", spy)
     shape = dataclasses.replace(SHAPES["odd"], length=40, batch=1)
     monkeypatch.setattr(attention, "_ROTATED_BYTES", 1)
     ((queries, keys, values, cotangent, chosen),) = attention._inputs(shape)
     indices = attention._indices(chosen, 7)
     attend = jax.tree_util.Partial(attention._separators, window=7, backend="reference")
-    spent = attention._dense_cost(shape)
     sets = [(queries, keys, values, cotangent, indices)]
-    attention._measure(attend, sets, spent, threading.Lock())
-    output, gradients = called["both"]
-    assert jnp.array_equal(output, called["forward"])
+    sources = attention._sources(keys, values, indices, 7)
+    served = execution(queries, sources, backend="reference")
+    call = attention._Call("", 7, attend, sets, sources, served, cost(queries, sources))
+    forward, both = (jax.jit(program.function)(*sets[0]) for program in call.programs)
+    output, gradients = both
+    assert jnp.array_equal(output, forward)
 
     def loss(*arrays):
         return jnp.vdot(attend(*arrays, indices).astype(jnp.float32), cotangent)
@@ -215,6 +258,8 @@ def test_decode_rows(gpu, tmp_path):
     rows = {row["implementation"]: row for row in written["results"]}
     # two blocks and new entries, which cuDNN's form cannot take
     assert set(rows) - {"triton", "mosaic"} == {"xla", "auto"}
+    assert (rows["auto"]["backend"], rows["auto"]["plan"]) == ("xla", {})
+    assert "auto: xla" in result.output
     row = rows["xla"]
     assert row["bytes"] == 2 * 2 * (63 + 1000 + 3) * 2 * 64 * 2
     assert row["microseconds"] == 600.0

@@ -29,7 +29,7 @@ def attention_table(report: dict[str, Any]) -> str:
         f"|{'---|' * 13}",
     ]
     for row in report["results"]:
-        cells = [f"{row['shape']}", str(row["window"] or "dense"), row["implementation"]]
+        cells = [row["shape"], str(row["window"] or "dense"), _label(row)]
         if "error" in row:
             lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} |{' |' * 9}")
             continue
@@ -39,8 +39,9 @@ def attention_table(report: dict[str, Any]) -> str:
             cells.append(f"{found['milliseconds']:.3f}")
             cells += ["" if speedup is None else f"{speedup:.2f}" for speedup in speedups]
             cells.append(f"{found['tflops_per_second']:.0f}")
-        waste = row["executed_forward_flops"] / row["needed_forward_flops"]
-        cells += [f"{waste:.2f}", _MODES[row["deterministic"]]]
+        executed, needed = row["executed_forward_flops"], row["needed_forward_flops"]
+        waste = "" if executed is None else f"{executed / needed:.2f}"
+        cells += [waste, _MODES[row["deterministic"]]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _losses(report)])
 
@@ -65,7 +66,7 @@ def decode_table(report: dict[str, Any]) -> str:
             str(row["batch"]),
             " + ".join(map(str, row["capacities"])),
             f"{row['heads']} / {row['kv_heads']} × {row['head_dim']}",
-            row["implementation"],
+            _label(row),
         ]
         if "error" in row:
             lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} | | |")
@@ -91,6 +92,12 @@ def filled(text: str) -> str:
         if count != 1:
             raise ValueError(f"the README has {count} places for the table of {name}")
     return text
+
+
+def _label(row: dict[str, Any]) -> str:
+    """The implementation, and the backend that `auto` took where that is recorded."""
+    name, backend = row["implementation"], row.get("backend")
+    return f"auto: {backend}" if name == "auto" and backend else name
 
 
 def _losses(report: dict[str, Any]) -> str:

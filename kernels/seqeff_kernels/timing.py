@@ -44,16 +44,15 @@ def device_times(
     if iterations is None:
         loop = compile_loop(function, sets, _PILOT)
         with alone():
-            times = _seconds(loop, sets, repeats=1)
-        enough = math.ceil(_SECONDS * _PILOT / times[0])
+            (seconds,) = loop_times(loop, sets, _PILOT, repeats=1)
+        enough = math.ceil(_SECONDS / (seconds * len(sets)))
         iterations = min(max(_PILOT, enough), _MOST_ITERATIONS)
         if iterations != _PILOT:
             loop = compile_loop(function, sets, iterations)
     else:
         loop = compile_loop(function, sets, iterations)
     with alone():
-        times = _seconds(loop, sets, repeats)
-    return [seconds / (iterations * len(sets)) for seconds in times]
+        return loop_times(loop, sets, iterations, repeats)
 
 
 def compile_loop(
@@ -86,12 +85,18 @@ def compile_loop(
     return jax.jit(loop).lower(list(sets)).compile()
 
 
-def _seconds(loop: jax.stages.Compiled, sets: list[tuple[Any, ...]], repeats: int) -> list[float]:
-    """Of each whole loop, after one to warm up."""
+def loop_times(
+    loop: jax.stages.Compiled,
+    sets: Sequence[tuple[Any, ...]],
+    iterations: int,
+    repeats: int = 5,
+) -> list[float]:
+    """Seconds of one call in a loop of `compile_loop`, once for every repeat after a warm-up."""
+    sets = list(sets)
     jax.block_until_ready(loop(sets))
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
         jax.block_until_ready(loop(sets))
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin) / (iterations * len(sets)))
     return times

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +14,23 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from seqeff.bench import torch_attention
-from seqeff.bench.report import attempt, chosen_shapes
+from seqeff.bench.programs import Program, compile_all, iterations_for
+from seqeff.bench.report import attempt, chosen_shapes, label
 from seqeff_kernels.range_attention import (
+    Backend,
     Cost,
+    Execution,
     PackedIndices,
     RangeSource,
     TokenSource,
     cost,
+    executed_flops,
+    execution,
     explain,
     range_attention,
 )
 from seqeff_kernels.range_attention.operands import gathered, operands
 from seqeff_kernels.range_attention.shapes import SHAPES, Shape, separator_sources, tokens
-from seqeff_kernels.timing import device_times
 
 DEFAULT_SHAPES = ("wide-2k", "wide-8k", "wide-32k", "wide-128k")
 DEFAULT_WINDOWS = (64,)
@@ -36,16 +38,13 @@ DEFAULT_WINDOWS = (64,)
 INDEX_LAYERS = 12
 BASELINE = "cudnn dense"
 BACKENDS = ("mosaic", "triton", "auto")
-_TILE = 128
 _DTYPE = jnp.bfloat16
 # queries, keys and values of all sets: over four times an H200's L2 cache
 _ROTATED_BYTES = 1 << 28
-# of a loop, and a speed that makes it no shorter
+# of a loop, a speed that makes it no shorter, and about what packing takes
 _SECONDS = 0.1
 _FLOPS_PER_SECOND = 7e14
-_MOST_ITERATIONS = 2_000
-# loops that compile at a time, while one runs
-_COMPILING = 8
+_PACKING_SECONDS = 1e-4
 
 Indices = tuple[PackedIndices, Int[Array, "batch length"], Int[Array, "batch length"]]
 
@@ -59,13 +58,16 @@ def benchmark_attention(
 ) -> Iterator[dict[str, Any]]:
     """Yields one row for each shape, window and implementation, as they are measured.
 
-    A row has the fields of its shape, `implementation`, `window` (None: dense), `deterministic`
-    (None: not known), needed and executed FLOPs (tiles of 128 by 128), and under `forward` and
-    `forward_and_backward` the median, fastest and slowest milliseconds over the repeats, the
-    speed-ups over cuDNN and over FlexAttention with the same window (None: not measured) and the
-    TFLOP/s of needed FLOPs. Times with a window hold the gather of the packed tokens (alone:
-    `gather_milliseconds`), its transpose, and a twelfth of `index_milliseconds`. An
+    A row has the fields of its shape, `implementation`, `window` (None: dense), the `backend` that
+    served and the fields of its `plan` (None: PyTorch), `deterministic` gradients (None: not
+    known), needed FLOPs and those executed, of whole tiles of the plan (None: not known), and under
+    `forward` and `forward_and_backward` the median, fastest and slowest milliseconds over the
+    repeats, the speed-ups over cuDNN and over FlexAttention with the same window (None: not
+    measured) and the TFLOP/s of needed FLOPs. Times with a window hold the gather of the packed
+    tokens (alone: `gather_milliseconds`), its transpose, and a twelfth of `index_milliseconds`. An
     implementation that fails has `error` instead.
+
+    All programs of a shape are compiled before the first of them runs.
 
     Args:
       names: of `seqeff_kernels.range_attention.shapes.SHAPES`; none: the wide ones.
@@ -73,78 +75,154 @@ def benchmark_attention(
       backends: of `range_attention`; those that cannot serve are left out.
       rivals: measure PyTorch too; `prepare_rivals` comes before the first use of a device.
     """
-    chosen = chosen_shapes(names, SHAPES, DEFAULT_SHAPES)
-    costs: dict[tuple[str, int | None], Cost] = {}
-    for name in chosen:
-        shape = SHAPES[name]
-        # before our own arrays take their room
-        others = list(torch_attention.run(shape, windows)) if rivals else []
-        flex = {row["window"]: row for row in others if row["implementation"] == "flex"}
-        inputs = _inputs(shape)
-        costs[name, None] = _dense_cost(shape)
-        with ThreadPoolExecutor(_COMPILING) as pool:
-            alone = threading.Lock()
-            dense = pool.submit(attempt, _measure, _cudnn, inputs, costs[name, None], alone)
-            sparse = [
-                (window, backend, pool.submit(attempt, measure))
-                for window in windows
-                for backend, measure in _separator_calls(
-                    name, window, inputs, backends, costs, alone
-                )
-            ]
-            found = dense.result()
-            measured: list[tuple[int | None, str, bool | None, Callable[[], dict[str, Any]]]] = [
-                (None, BASELINE, False, lambda found=found: found),
-                *((window, backend, True, future.result) for window, backend, future in sparse),
-                *(
-                    (row["window"], row["implementation"], row["deterministic"], row.copy)
-                    for row in others
-                ),
-            ]
-            for window, label, mode, result in measured:
-                against = {"speedup": found, "speedup_over_flex": flex.get(window, {})}
-                yield _row(name, window, label, mode, result(), against, costs[name, window])
+    for name in chosen_shapes(names, SHAPES, DEFAULT_SHAPES):
+        yield from _benchmark_shape(name, windows, backends, rivals)
 
 
-def _separator_calls(
-    name: str,
-    window: int,
-    inputs: list[tuple[Array, ...]],
-    backends: Sequence[str],
-    costs: dict[tuple[str, int | None], Cost],
-    alone: threading.Lock,
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """What measures each backend that can serve; adds what the call costs to `costs`."""
-    index = functools.partial(jax.jit(_indices, static_argnums=1), window=window)
-    masks = [(chosen,) for *_, chosen in inputs]
-    with alone:
-        sets = [(*arrays, index(chosen)) for *arrays, chosen in inputs]
+def _benchmark_shape(
+    name: str, windows: Sequence[int], backends: Sequence[str], rivals: bool
+) -> Iterator[dict[str, Any]]:
+    shape = SHAPES[name]
+    # before our own arrays take their room
+    others = list(torch_attention.run(shape, windows)) if rivals else []
+    flex = {row["window"]: row for row in others if row["implementation"] == "flex"}
+    inputs = _inputs(shape)
+    baseline = _dense_call(inputs)
+    calls = [baseline]
+    needed: dict[int | None, Cost] = {None: baseline.needed}
+    for window in windows:
+        sets, packing = _packed(inputs, window)
         queries, keys, values, _, indices = sets[0]
         sources = _sources(keys, values, indices, window)
-        spent = cost(queries, sources, tile_rows=_TILE, tile_entries=_TILE)
-    costs[name, window] = spent
-    answers = explain(queries, sources) | {"auto": "available"}
+        needed[window] = cost(queries, sources)
+        answers = explain(queries, sources) | {"auto": "available"}
+        for backend in backends:
+            if answers.get(backend) == "available":
+                attend = functools.partial(_separators, window=window, backend=backend)
+                served = execution(queries, sources, backend=cast(Backend, backend))
+                calls.append(
+                    _Call(backend, window, attend, sets, sources, served, needed[window], packing)
+                )
+    compile_all(program for call in calls for program in call.programs)
+
+    dense = attempt(baseline.measure)
+    for call in calls:
+        found = dense if call is baseline else attempt(call.measure)
+        against = {"speedup": dense, "speedup_over_flex": flex.get(call.window, {})}
+        facts = call.facts()
+        yield _row(name, call.window, call.implementation, found, against, call.needed, facts)
+    for row in others:
+        window = row["window"]
+        against = {"speedup": dense, "speedup_over_flex": flex.get(window, {})}
+        facts = {
+            "backend": None,
+            "plan": None,
+            "deterministic": row["deterministic"],
+            "executed_forward_flops": None,
+            "executed_backward_flops": None,
+        }
+        yield _row(name, window, row["implementation"], row, against, needed[window], facts)
+
+
+class _Call:
+    """An implementation on sets of arguments, which hold the cotangent before the last.
+
+    Args:
+      attend: takes queries, keys, values and the last argument of a set.
+      sources: of the first set.
+      packing: programs that build the indices and that gather the packed tokens, if any.
+    """
+
+    def __init__(
+        self,
+        implementation: str,
+        window: int | None,
+        attend: Callable[..., Array],
+        sets: list[tuple[Any, ...]],
+        sources: Sequence[RangeSource | TokenSource],
+        served: Execution,
+        needed: Cost,
+        packing: Sequence[Program] = (),
+    ) -> None:
+        self.implementation, self.window, self.needed = implementation, window, needed
+        self._queries, self._sources, self._served = sets[0][0], sources, served
+        self._packing = packing
+
+        def forward(queries: Array, keys: Array, values: Array, _: Array, extra: Any) -> Array:
+            return attend(queries, keys, values, extra)
+
+        def both(queries: Array, keys: Array, values: Array, cotangent: Array, extra: Any) -> Any:
+            output, pull = jax.vjp(lambda *arrays: attend(*arrays, extra), queries, keys, values)
+            return output, pull(cotangent)
+
+        forward_flops = self.needed.forward_flops
+        self._passes = {
+            name: Program(
+                function,
+                sets,
+                iterations_for(_SECONDS, len(sets), of_call=flops / _FLOPS_PER_SECOND),
+            )
+            for name, function, flops in (
+                ("forward", forward, forward_flops),
+                ("forward_and_backward", both, forward_flops + self.needed.backward_flops),
+            )
+        }
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that is timed."""
+        return [*self._packing, *self._passes.values()]
+
+    def measure(self) -> dict[str, Any]:
+        """Times of the passes, and of packing."""
+        packing = [statistics.median(program.times) for program in self._packing]
+        shared = packing[0] / INDEX_LAYERS if packing else 0.0
+        found = {name: _summary(program.times, shared) for name, program in self._passes.items()}
+        names = ("index_milliseconds", "gather_milliseconds")
+        return found | {
+            name: round(1e3 * seconds, 4) for name, seconds in zip(names, packing, strict=False)
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What served, and the FLOPs that it executes."""
+        served = self._served
+        executed = {
+            f"executed_{name}_flops": None
+            if walks is None
+            else executed_flops(self._queries, self._sources, walks)
+            for name, walks in (("forward", served.forward), ("backward", served.backward))
+        }
+        return {
+            "backend": served.backend,
+            "plan": dict(served.plan),
+            "deterministic": served.deterministic,
+        } | executed
+
+
+def _dense_call(inputs: list[tuple[Array, ...]]) -> _Call:
+    queries, keys, values, *_ = inputs[0]
+    sources = [TokenSource(keys, values)]
+    served = execution(queries, sources, backend="cudnn")
+    return _Call(BASELINE, None, _cudnn, inputs, sources, served, cost(queries, sources))
+
+
+def _packed(
+    inputs: list[tuple[Array, ...]], window: int
+) -> tuple[list[tuple[Any, ...]], tuple[Program, Program]]:
+    """Sets with indices in place of what is chosen; what builds those, and what gathers by them."""
+    index = functools.partial(jax.jit(_indices, static_argnums=1), window=window)
+    sets = [(*arrays, index(chosen)) for *arrays, chosen in inputs]
 
     def gather(queries: Array, keys: Array, values: Array, _: Array, indices: Indices) -> Any:
         listed = operands(queries, _sources(keys, values, indices, window))
         packed = gathered(*listed, finite=True)[0]
         return packed.keys, packed.values
 
-    @functools.cache
-    def packing() -> tuple[list[float], list[float]]:
-        return (
-            device_times(index, masks, alone=lambda: alone),
-            device_times(gather, sets, alone=lambda: alone),
-        )
-
-    for backend in backends:
-        if answers.get(backend) != "available":
-            continue
-        attend = functools.partial(_separators, window=window, backend=backend)
-        yield (
-            backend,
-            lambda attend=attend: _measure(attend, sets, spent, alone, packing()),
-        )
+    iterations = iterations_for(_SECONDS, len(sets), of_call=_PACKING_SECONDS)
+    return sets, (
+        Program(index, [(chosen,) for *_, chosen in inputs], iterations),
+        Program(gather, sets, iterations),
+    )
 
 
 def _inputs(shape: Shape) -> list[tuple[Array, ...]]:
@@ -190,50 +268,8 @@ def _cudnn(
     )
 
 
-def _dense_cost(shape: Shape) -> Cost:
-    def array(heads: int) -> Any:
-        size = (shape.batch, shape.length, heads, shape.head_dim)
-        return jax.ShapeDtypeStruct(size, _DTYPE)
-
-    dense = TokenSource(array(shape.kv_heads), array(shape.kv_heads))
-    return cost(array(shape.heads), [dense], tile_rows=_TILE, tile_entries=_TILE)
-
-
-def _measure(
-    attend: Callable[..., Array],
-    sets: list[tuple[Any, ...]],
-    spent: Cost,
-    alone: threading.Lock,
-    packing: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> dict[str, Any]:
-    """Times of `attend(queries, keys, values, extra)`; sets hold the cotangent before `extra`."""
-
-    def forward(queries: Array, keys: Array, values: Array, _: Array, extra: Any) -> Array:
-        return attend(queries, keys, values, extra)
-
-    def both(queries: Array, keys: Array, values: Array, cotangent: Array, extra: Any) -> Any:
-        output, pull = jax.vjp(lambda *arrays: attend(*arrays, extra), queries, keys, values)
-        return output, pull(cotangent)
-
-    def times(function: Callable[..., Any], flops: int) -> list[float]:
-        most = _SECONDS * _FLOPS_PER_SECOND / (flops * len(sets))
-        iterations = min(max(2, round(most)), _MOST_ITERATIONS)
-        return device_times(function, sets, iterations=iterations, alone=lambda: alone)
-
-    index, gather = (statistics.median(times) for times in packing or ((0.0,), (0.0,)))
-    flops = spent.forward_flops
-    found: dict[str, Any] = {
-        "forward": _summary(times(forward, flops), index),
-        "forward_and_backward": _summary(times(both, flops + spent.backward_flops), index),
-    }
-    if packing:
-        found["index_milliseconds"] = round(1e3 * index, 4)
-        found["gather_milliseconds"] = round(1e3 * gather, 4)
-    return found
-
-
-def _summary(times: Sequence[float], index: float) -> dict[str, Any]:
-    shared = index / INDEX_LAYERS
+def _summary(times: Sequence[float], shared: float) -> dict[str, Any]:
+    """Of the times of a pass; `shared` is its part of what all layers share, in seconds."""
     return {
         "milliseconds": round(1e3 * (statistics.median(times) + shared), 4),
         "fastest_milliseconds": round(1e3 * (min(times) + shared), 4),
@@ -246,10 +282,10 @@ def _row(
     name: str,
     window: int | None,
     implementation: str,
-    deterministic: bool | None,
     found: dict[str, Any],
     against: dict[str, dict[str, Any]],
     spent: Cost,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """A row of the report; `against` names speed-ups and what they are over."""
     shape = SHAPES[name]
@@ -257,7 +293,6 @@ def _row(
         "shape": name,
         "window": window,
         "implementation": implementation,
-        "deterministic": deterministic,
         "batch": shape.batch,
         "length": shape.length,
         "heads": shape.heads,
@@ -267,10 +302,8 @@ def _row(
         "initial": shape.initial,
         "dtype": jnp.dtype(_DTYPE).name,
         "needed_forward_flops": spent.forward_flops,
-        "executed_forward_flops": spent.executed_forward_flops,
         "needed_backward_flops": spent.backward_flops,
-        "executed_backward_flops": spent.executed_backward_flops,
-    }
+    } | facts
     needed = {
         "forward": spent.forward_flops,
         "forward_and_backward": spent.forward_flops + spent.backward_flops,
@@ -300,7 +333,7 @@ HEADER = (
 
 def line(row: dict[str, Any]) -> str:
     """A row under `HEADER`; cuDNN's attention is dense and causal."""
-    text = f"{row['shape']:20}{row['window'] or '':>7}  {row['implementation']:14}"
+    text = f"{row['shape']:20}{row['window'] or '':>7}  {label(row):14}"
     if "error" in row:
         return f"{text}  {row['error']}"
     for key in ("forward", "forward_and_backward"):
@@ -311,5 +344,6 @@ def line(row: dict[str, Any]) -> str:
         )
         text += f"{found['milliseconds']:9.3f}{over_cudnn:>8}{over_flex:>7}"
         text += f"{found['tflops_per_second']:8.0f}"
-    waste = row["executed_forward_flops"] / row["needed_forward_flops"]
-    return f"{text}{waste:10.2f}  {_MODES[row['deterministic']]}"
+    executed = row["executed_forward_flops"]
+    waste = "" if executed is None else f"{executed / row['needed_forward_flops']:.2f}"
+    return f"{text}{waste:>10}  {_MODES[row['deterministic']]}"

@@ -14,8 +14,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from seqeff.bench.report import attempt, chosen_shapes
-from seqeff_kernels.decode_attention import CacheBlock, decode_attention, explain
+from seqeff.bench.programs import Program, compile_all, iterations_for
+from seqeff.bench.report import attempt, chosen_shapes, label
+from seqeff_kernels.decode_attention import (
+    Backend,
+    CacheBlock,
+    decode_attention,
+    execution,
+    explain,
+)
 from seqeff_kernels.decode_attention.shapes import SHAPES, Shape, inputs
 from seqeff_kernels.timing import device_times
 
@@ -35,6 +42,9 @@ _ROTATED_BYTES = 1 << 30
 _COPIED_BYTES = 1 << 31
 _COPIES = 50
 _REPEATS = 5
+# of a loop, and a speed that makes it no shorter
+_SECONDS = 0.1
+_BYTES_PER_SECOND = 4e12
 
 
 def copy_speeds() -> dict[str, float]:
@@ -67,8 +77,10 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
     """Yields one row for each shape and implementation, as they are measured.
 
     A row has the fields of its shape, `bytes` (all keys and values once), `implementation`, the
-    median, fastest and slowest `microseconds` over the repeats, `bytes_per_second` and its
-    `share` of `reference`; or `error`. Caches are full, and rotated so that none stays in L2.
+    `backend` that served and the fields of its `plan`, the median, fastest and slowest
+    `microseconds` over the repeats, `bytes_per_second` and its `share` of `reference`; or `error`.
+    Caches are full, and rotated so that none stays in L2. All programs of a shape are compiled
+    before the first of them runs.
 
     Args:
       names: of `seqeff_kernels.decode_attention.shapes.SHAPES`; none: the six of the README.
@@ -79,8 +91,15 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
         size = shape.entry_bytes(jnp.dtype(_DTYPE).itemsize)
         make = functools.partial(jax.jit(inputs, static_argnums=(0, 2)), shape)
         sets = [make(seed, _DTYPE) for seed in range(max(2, math.ceil(_ROTATED_BYTES / size)))]
-        for implementation, attend in _implementations(shape, sets[0]):
-            found = attempt(_measure, attend, sets, size, reference)
+        seconds = size / _BYTES_PER_SECOND
+        iterations = iterations_for(_SECONDS, len(sets), of_call=seconds)
+        programs = [
+            (implementation, facts, Program(attend, sets, iterations))
+            for implementation, facts, attend in _implementations(shape, sets[0])
+        ]
+        compile_all(program for *_, program in programs)
+        for implementation, facts, program in programs:
+            found = attempt(_measure, program, size, reference)
             yield {
                 "shape": name,
                 "implementation": implementation,
@@ -92,20 +111,23 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
                 "rows": shape.rows,
                 "dtype": jnp.dtype(_DTYPE).name,
                 "bytes": size,
+                **facts,
             } | found
 
 
 def _implementations(
     shape: Shape, example: tuple[Any, ...]
-) -> Iterator[tuple[str, Callable[..., Array]]]:
+) -> Iterator[tuple[str, dict[str, Any], Callable[..., Array]]]:
+    """Names, what serves them, and what to call."""
     queries, blocks, new = example
     answers = explain(queries, blocks, new=new)
-    for backend in ("triton", "mosaic", "xla"):
-        if answers[backend] == "available":
-            yield backend, functools.partial(_attend, backend=backend)
-    yield "auto", functools.partial(_attend, backend="auto")
+    backends: tuple[Backend, ...] = ("triton", "mosaic", "xla", "auto")
+    for backend in backends:
+        if backend == "auto" or answers[backend] == "available":
+            served = execution(queries, blocks, new=new, backend=backend)
+            yield backend, served._asdict(), functools.partial(_attend, backend=backend)
     if len(shape.capacities) == 1 and not shape.new:
-        yield "cudnn", _cudnn
+        yield "cudnn", {"backend": "cudnn", "plan": {}}, _cudnn
 
 
 def _attend(
@@ -121,10 +143,8 @@ def _cudnn(
     return jax.nn.dot_product_attention(queries, block.keys, block.values, implementation="cudnn")
 
 
-def _measure(
-    attend: Callable[..., Array], sets: list[tuple[Any, ...]], size: int, reference: float
-) -> dict[str, Any]:
-    times = device_times(attend, sets, repeats=_REPEATS)
+def _measure(program: Program, size: int, reference: float) -> dict[str, Any]:
+    times = program.times
     speed = size / statistics.median(times)
     return {
         "microseconds": round(1e6 * statistics.median(times), 2),
@@ -141,7 +161,7 @@ HEADER = f"{'shape':17}{'implementation':15}{'us':>10}{'TB/s':>8}{'share':>8}"
 
 def line(row: dict[str, Any]) -> str:
     """A row under `HEADER`; shares are of a copy's bytes a second."""
-    text = f"{row['shape']:17}{row['implementation']:15}"
+    text = f"{row['shape']:17}{label(row):15}"
     if "error" in row:
         return f"{text} {row['error']}"
     speed = row["bytes_per_second"] / 1e12

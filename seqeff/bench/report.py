@@ -84,6 +84,12 @@ def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
         return {"error": first_line(error)}
 
 
+def label(row: Mapping[str, Any]) -> str:
+    """An implementation as tables name it: `auto` with the backend that it took."""
+    name = row["implementation"]
+    return f"auto: {row['backend']}" if name == "auto" else name
+
+
 def first_line(error: Exception) -> str:
     """Its kind and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]

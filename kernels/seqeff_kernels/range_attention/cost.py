@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from seqeff_kernels.range_attention.sources import Source
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,13 @@ def cost(
     for source in sources:
         kv_heads = source.keys.shape[2]
         start, end = source.bounds(rows)
+        # on the host, where nothing has to be compiled for each size of a tile
+        start, end = np.asarray(start), np.asarray(end)
         first, last = tile_range(start, end, tile_rows, tile_entries)
         if batch_shares_tiles:
             first, last = first.min((0, 1), keepdims=True), last.max((0, 1), keepdims=True)
-        visited = np.maximum(np.asarray(last) - np.asarray(first), 0)
-        pairs = np.maximum(np.asarray(end, np.int64) - np.asarray(start, np.int64), 0)
+        visited = np.maximum(last - first, 0)
+        pairs = np.maximum(end.astype(np.int64) - start, 0)
         spread = (batch, kv_heads)
         tiles += int(np.broadcast_to(visited, (*spread, visited.shape[-1])).sum())
         needed += int(np.broadcast_to(pairs, (*spread, rows)).sum())
@@ -93,27 +98,29 @@ def cost(
 
 
 def tile_range(
-    start: Int[Array, "*heads rows"],
-    end: Int[Array, "*heads rows"],
+    start: Int[AnyArray, "*heads rows"],
+    end: Int[AnyArray, "*heads rows"],
     tile_rows: int,
     tile_entries: int,
-) -> tuple[Int[Array, "*heads row_tiles"], Int[Array, "*heads row_tiles"]]:
+) -> tuple[Int[AnyArray, "*heads row_tiles"], Int[AnyArray, "*heads row_tiles"]]:
     """First entry tile that each tile of rows visits, and the one after its last.
 
     The first is not below the last where no row of the tile attends anything.
     """
+    xp: Any = np if isinstance(start, np.ndarray) else jnp
     start, end = (tile_bounds(b, tile_rows) for b in (start, end))
     occupied = start < end
     # -1 // n + 1 is 0: a tile without rows to do ends before it begins
-    first = jnp.where(occupied, start, jnp.iinfo(jnp.int32).max).min(-1) // tile_entries
-    last = (jnp.where(occupied, end, 0).max(-1) - 1) // tile_entries + 1
+    first = xp.where(occupied, start, jnp.iinfo(jnp.int32).max).min(-1) // tile_entries
+    last = (xp.where(occupied, end, 0).max(-1) - 1) // tile_entries + 1
     return first, last
 
 
 def tile_bounds(
-    bound: Int[Array, "*heads rows"], tile_rows: int
-) -> Int[Array, "*heads row_tiles tile_rows"]:
+    bound: Int[AnyArray, "*heads rows"], tile_rows: int
+) -> Int[AnyArray, "*heads row_tiles tile_rows"]:
     """Bounds by tile of rows; the rows that fill the last tile are empty, with bounds of 0."""
     missing = -bound.shape[-1] % tile_rows
-    padded = jnp.pad(bound, [(0, 0)] * (bound.ndim - 1) + [(0, missing)])
+    xp: Any = np if isinstance(bound, np.ndarray) else jnp
+    padded = xp.pad(bound, [(0, 0)] * (bound.ndim - 1) + [(0, missing)])
     return padded.reshape(*bound.shape[:-1], -1, tile_rows)
