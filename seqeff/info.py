@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from seqeff.config import PACKAGES
 from seqeff.config.modules import Classes
 from seqeff.runs import versions
-from seqeff_kernels.range_attention import RangeSource, TokenSource, automatic, explain
+from seqeff_kernels.range_attention import RangeSource, TokenSource, explain
 
 _OPTIONAL = {
     "wandb": ("wandb", "Train.tracker = @Wandb()", "wandb"),
@@ -137,7 +137,7 @@ def _backends() -> Iterator[str]:
     for name, sources in cases.items():
         yield f"  {name}"
         try:
-            answers = {"auto": f"takes {automatic(tokens, sources)}", **explain(tokens, sources)}
+            answers = explain(tokens, sources)
         except _NO_DEVICE as error:
             answers = {"none": _reason(error)}
         for backend, answer in answers.items():

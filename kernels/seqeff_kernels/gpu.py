@@ -37,6 +37,21 @@ def partition_obstacle() -> str | None:
     return f"XLA cannot split it over a mesh of {mesh.size} devices; call it under jax.shard_map"
 
 
+def say_taken(taken: str, passed_over: Sequence[str], queries: Array) -> str:
+    """What `auto` takes; where that is the portable form, why not one of kernels that could serve.
+
+    Args:
+      passed_over: names of those kernels, which no check on such a device covers.
+    """
+    if taken != "xla" or not passed_over:
+        return f"takes {taken}"
+    major, minor = compute_capability() or (0, 0)
+    return (
+        f"takes xla: {' and '.join(passed_over)} could serve, but the GPU checks do not cover "
+        f"head_dim {queries.shape[-1]} in {queries.dtype} on compute capability {major}.{minor}"
+    )
+
+
 def triton_obstacle() -> str | None:
     """Why Triton kernels cannot run here, or None."""
     capability = compute_capability()

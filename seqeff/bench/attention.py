@@ -95,9 +95,9 @@ def _benchmark_shape(
         queries, keys, values, _, indices = sets[0]
         sources = _sources(keys, values, indices, window)
         needed[window] = cost(queries, sources)
-        answers = explain(queries, sources) | {"auto": "available"}
+        answers = explain(queries, sources)
         for backend in backends:
-            if answers.get(backend) == "available":
+            if backend == "auto" or answers[backend] == "available":
                 attend = functools.partial(_separators, window=window, backend=backend)
                 served = execution(queries, sources, backend=cast(Backend, backend))
                 calls.append(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqeff_kernels import RangeSource, range_attention
-from seqeff_kernels.decode_attention import CacheBlock, decode_attention, explain, triton
+from seqeff_kernels import RangeSource, gpu, range_attention
+from seqeff_kernels.decode_attention import CacheBlock, decode_attention, explain, mosaic, triton
 from seqeff_kernels.decode_attention.plan import MAXIMUM_SPLITS, Sizes, plan, query_tile
 from seqeff_kernels.decode_attention.shapes import SHAPES, inputs
 
@@ -199,6 +199,7 @@ def test_every_backend_says_whether_it_is_available():
     reasons = explain(*shaped_call())
     assert reasons["reference"] == reasons["xla"] == "available"
     assert "CUDA" in reasons["triton"]
+    assert reasons["auto"] == "takes xla"
     with pytest.raises(ValueError, match=r"triton.*CUDA"):
         jax.eval_shape(functools.partial(decode_attention, backend="triton"), *shaped_call())
 
@@ -215,6 +216,16 @@ def test_every_backend_says_whether_it_is_available():
 )
 def test_the_kernel_says_what_it_serves(hopper, options, reason):
     assert reason in explain(*shaped_call(**options))["triton"]
+
+
+def test_auto_says_why_a_kernel_is_passed_over(hopper, monkeypatch):
+    monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(mosaic, "obstacle", lambda *_: "not here")
+    assert explain(*shaped_call())["auto"] == "takes triton"
+    monkeypatch.setattr(triton, "TESTED_HEAD_DIMS", (128,))
+    answer = explain(*shaped_call())["auto"]
+    assert answer.startswith("takes xla: triton could serve, but the GPU checks do not cover ")
+    assert answer.endswith("head_dim 64 in bfloat16 on compute capability 9.0")
 
 
 def test_the_kernel_needs_one_dtype(hopper):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqeff_kernels import RangeSource, TokenSource, explain, gpu, range_attention
+from seqeff_kernels import RangeSource, TokenSource, explain, gpu, range_attention, tuning
 from seqeff_kernels.range_attention import automatic, cudnn, mosaic, triton, xla
 from seqeff_kernels.range_attention.shapes import Shape, tokens
 
@@ -102,9 +102,45 @@ def test_auto_leaves_to_the_portable_form_what_cudnn_cannot_do(arrays, hopper, c
 
 def test_auto_takes_only_head_sizes_that_are_tested_on_a_gpu(arrays, hopper, monkeypatch):
     queries, keys, values = arrays
+    assert explain(queries, [TokenSource(keys, values)])["auto"] == "takes cudnn"
     monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (64,))
     jax.eval_shape(range_attention, queries, [TokenSource(keys, values)])
     assert hopper == []
+    answers = explain(queries, [TokenSource(keys, values)])
+    assert answers["cudnn"] == "available"
+    assert answers["auto"].startswith("takes xla: cudnn")
+    assert "do not cover head_dim 16 in bfloat16 on compute capability 9.0" in answers["auto"]
+
+
+def test_auto_takes_what_the_table_lists_as_faster(hopper, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    path = tuning.table_path(jax.devices()[0].device_kind)
+    monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (64,))
+    monkeypatch.setattr(mosaic, "obstacle", lambda *_: None)
+    monkeypatch.setattr(triton, "obstacle", lambda *_: None)
+    queries = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)
+
+    def source(window, **changes):
+        return TokenSource(queries, queries, window=window, **changes)
+
+    def record(backend, plan, times):
+        for window, time in times.items():
+            entry = {"plan": plan, "milliseconds": {"forward": 0.5, "training": time}}
+            key = tuning.attention_key(queries, [source(window)])
+            assert f" {'causal' if window is None else 'window64'} rows=4096" in key
+            tuning.record(path, "attention", backend, key, entry)
+
+    # it lists nothing, then one alone, then all
+    assert automatic(queries, [source(None)]) == automatic(queries, [source(64)]) == "cudnn"
+    record("cudnn", {}, {None: 1.0, 64: 3.0})
+    assert automatic(queries, [source(64)]) == "cudnn"
+    record("mosaic", dataclasses.asdict(mosaic.Tiles()), {None: 2.0, 64: 1.0})
+    record("triton", dataclasses.asdict(triton.plan(64, "bfloat16")), {None: 4.0, 64: 2.0})
+    assert automatic(queries, [source(None)]) == "cudnn"
+    assert automatic(queries, [source(64)]) == automatic(queries, [source(50)]) == "mosaic"
+    # what cuDNN cannot do goes to the faster of the others, whatever the table says of cuDNN
+    documents = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    assert automatic(queries, [source(None, document_start=documents)]) == "mosaic"
 
 
 def test_cudnn_refuses_an_odd_number_of_rows(hopper):

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from jax import Array, custom_jvp
 from jaxtyping import Float
 
-from seqeff_kernels import tuning
+from seqeff_kernels import gpu, tuning
 from seqeff_kernels.decode_attention import mosaic, reference, triton, xla
 from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries, check
 from seqeff_kernels.decode_attention.plan import Sizes
@@ -129,14 +129,17 @@ def explain(
 ) -> dict[str, str]:
     """For every backend, 'available' or why it cannot serve this attention here.
 
-    Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
+    Under 'auto' is what it takes and, where that is the portable form although a kernel could
+    serve, why. Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
     """
     blocks = tuple(blocks)
-    check(queries, blocks, new)
-    return {
+    taken = automatic(queries, blocks, new=new)
+    answers = {
         name: backend.obstacle(queries, blocks, new) or "available"
         for name, backend in _BACKENDS.items()
     }
+    passed_over = [name for name in _KERNELS if answers[name] == "available"]
+    return {"auto": gpu.say_taken(taken, passed_over, queries), **answers}
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(0, 1))

@@ -8,7 +8,7 @@ from typing import Literal
 from jax import Array
 from jaxtyping import Float
 
-from seqeff_kernels import tuning
+from seqeff_kernels import gpu, tuning
 from seqeff_kernels.range_attention import cudnn, mosaic, reference, triton, xla
 from seqeff_kernels.range_attention.execution import Execution
 from seqeff_kernels.range_attention.sources import Source
@@ -107,14 +107,17 @@ def explain(
 ) -> dict[str, str]:
     """For every backend, 'available' or why it cannot serve this attention here.
 
-    Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
+    Under 'auto' is what it takes and, where that is the portable form although a kernel could
+    serve, why. Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
     """
     sources = tuple(sources)
-    _check(queries, sources)
-    return {
+    taken = automatic(queries, sources)
+    answers = {
         name: backend.obstacle(queries, sources) or "available"
         for name, backend in _BACKENDS.items()
     }
+    passed_over = [name for name in _KERNELS if answers[name] == "available"]
+    return {"auto": gpu.say_taken(taken, passed_over, queries), **answers}
 
 
 def _check(queries: Array, sources: tuple[Source, ...]) -> None:
