@@ -1,4 +1,4 @@
-"""The README's table of training speed, from the measurement beside this file.
+"""The README's tables of training speed, from the measurements beside this file.
 
 python experiments/training_speed/table.py
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-_RESULTS = Path(__file__).with_name("h200.json")
+_CARDS = ("h200", "h100")
 
 
-def table() -> str:
-    """Markdown, a row a config; thousands of tokens a second of whole training steps."""
-    report = json.loads(_RESULTS.read_text())
+def table(card: str) -> str:
+    """Markdown, a row a config; tokens a second of whole training steps on one of the cards."""
+    report = json.loads(Path(__file__).with_name(f"{card}.json").read_text())
     lines = [
         "| config | tokens a step | tokens/s | model FLOPs used | temporary memory |",
         "|---|---|---|---|---|",
@@ -27,4 +27,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    for card in _CARDS:
+        print(f"{card}\n\n{table(card)}\n")

@@ -12,6 +12,7 @@ import numpy as np
 
 from seqeff.checks import UserError
 from seqeff.data import Tokenizer
+from seqeff.data.files import decode_utf8, read_bytes
 from seqeff.evaluation.streaming import Book, Stream, StreamResult, read_in_rows, stream
 from seqeff.models import SeparatorAttention, TransformerConfig
 
@@ -29,10 +30,8 @@ def read_books(tokenizer: Tokenizer, files: Sequence[Path]) -> list[Book]:
     """
     books = []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {file} as UTF-8 text: {error}") from error
+        # as `TextFiles` reads them: line ends are the text's own
+        text = decode_utf8(read_bytes(file), str(file))
         if not text:
             raise UserError(f"{file} is empty; leave it out")
         ids = [tokenizer.end_of_text, *tokenizer.encode(text)]

@@ -11,8 +11,9 @@ from flax import nnx
 from tiny_run import refused, seqeff
 
 from seqeff.checks import UserError
+from seqeff.data import TextFiles, Tokenizer
 from seqeff.evaluation import Book, Stream, read_in_rows, stream, streaming
-from seqeff.evaluation.comparison import methods, warning, without_separators
+from seqeff.evaluation.comparison import methods, read_books, warning, without_separators
 from seqeff.models import (
     DenseAttention,
     FeedForward,
@@ -278,6 +279,17 @@ def test_the_command(finished, tiny, tmp_path):
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {
         f"{name.replace(', ', '-')}.safetensors" for name in streams
     }
+
+
+def test_texts_are_read_as_training_reads_them(finished, tmp_path):
+    tokenizer = Tokenizer.load(finished / "tokenizer")
+    text = "one,\r\ntwo\n\nthree\r"
+    file = tmp_path / "book.txt"
+    file.write_bytes(text.encode("utf-8-sig"))
+    (document,) = TextFiles(paths=(str(file),)).documents()
+    (book,) = read_books(tokenizer, [file])
+    assert document.text == text
+    assert book.tokens.tolist() == [tokenizer.end_of_text, *tokenizer.encode(text)]
 
 
 def test_bad_streams_are_one_line(finished, tmp_path):
