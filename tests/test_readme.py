@@ -13,12 +13,14 @@ PAGES = [
 ]
 
 
-def test_the_table_of_training_speed_is_the_measurement():
+def test_the_tables_of_training_speed_are_the_measurements():
     path = REPOSITORY / "experiments" / "training_speed" / "table.py"
     spec = importlib.util.spec_from_file_location("table", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.table() in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert module.table() in readme
+    assert module.separators_table() in readme
 
 
 def test_every_file_that_the_readme_links_exists():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seqeff.models.caches import CacheKind, LayersCache, Sizes, kind_of
+from seqeff.models.caches import CacheKind, LayersCache, Sizes, aligned, kind_of
 from seqeff.models.heads import Heads
 from seqeff.models.positions import Rotation
 from seqeff.models.transformer import LanguageModel, Layer, TransformerConfig
@@ -41,7 +41,7 @@ def empty_cache(config: TransformerConfig, batch: int, capacity: int) -> Cache:
     """
     config.require_positions(capacity)
     heads = config.projections
-    sizes = Sizes(batch, capacity, heads.groups(), heads.size(config.width), config.dtype)
+    sizes = Sizes(batch, aligned(capacity), heads.groups(), heads.size(config.width), config.dtype)
     layers = tuple(
         LayersCache.empty(kind_of(attention), end - first, sizes)
         for attention, first, end in config.runs()

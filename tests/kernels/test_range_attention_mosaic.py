@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,24 @@ def test_forward_and_backward_lower_for_hopper(distinct, head_dim):
     assert lowered(gradient, *arguments).count("@mosaic_gpu_v2") == 1 + distinct + 3
     tiles = mosaic.Tiles().fitted(head_dim, distinct, 3)
     assert shared_memory(loss, *arguments) == tiles.shared_memory(head_dim, distinct, 3)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_cache_that_is_finite_is_not_copied(finite):
+    queries = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+    cached = jax.ShapeDtypeStruct((2, 1000, 4, 64), jnp.bfloat16)
+    length = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def attend(queries, keys, values, length):
+        source = TokenSource(keys, values, row_offset=length, finite=finite)
+        return mosaic.attend(queries, (source,), 0.1)[0]
+
+    copies = re.findall(
+        r"stablehlo\.(?:select|pad)\b.*tensor<2x\d+x4x64xbf16>",
+        lowered(attend, queries, cached, cached, length),
+    )
+    assert bool(copies) != finite
 
 
 @pytest.mark.parametrize(

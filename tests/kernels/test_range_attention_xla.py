@@ -152,6 +152,25 @@ def test_nothing_depends_on_later_tokens():
     assert not np.array_equal(before[:, 500:], after[:, 500:])
 
 
+def test_finite_entries_are_attended_alike_where_they_are_vouched_for():
+    shape = (1, 70, 2, 8)
+    queries, keys, values = (
+        jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    end = jnp.arange(70)[None] // 2
+
+    def loss(arrays, finite):
+        sources = [
+            TokenSource(*arrays[1:], window=7, row_offset=-5, finite=finite),
+            RangeSource(*arrays[1:], jnp.zeros_like(end), end, finite=finite),
+        ]
+        return jnp.sin(range_attention(arrays[0], sources, backend="xla")[0]).sum()
+
+    both = [jax.value_and_grad(loss)((queries, keys, values), finite) for finite in (True, False)]
+    for one, other in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_runs_inside_scan_and_checkpoint():
     shape = SHAPES["multi-query"]
     queries, keys, values, chosen = tokens(shape)

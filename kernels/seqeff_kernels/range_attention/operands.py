@@ -40,7 +40,7 @@ class Static:
       tokens: which source holds the keys and values: the source itself or, for a packed source,
         perhaps another, so that their gradients are added in place.
       entries: number of entries.
-      clean: whether each entry is attended by some row.
+      clean: whether no entry is NaN that no row attends.
       window: most entries that a row attends, if known.
     """
 
@@ -71,7 +71,7 @@ def operands(
         start, end = jnp.broadcast_arrays(*source.bounds(rows))
         window = source.window if isinstance(source, TokenSource) else None
         made.append(Operand(source.queries, keys, values, start, end, packed))
-        static.append(Static(tokens, source.entries, source.attends_every_entry(rows), window))
+        static.append(Static(tokens, source.entries, source.is_clean(rows), window))
     return tuple(made), tuple(static)
 
 

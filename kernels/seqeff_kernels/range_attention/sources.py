@@ -39,6 +39,8 @@ class RangeSource:
         positions.
       packed: where given, keys and values are those of all tokens, and the entries are the chosen
         ones, as `gather` takes them. A backend may then gather on the way, which costs less.
+      finite: whether the caller vouches that no entry is NaN or infinite, in a range or not; the
+        Mosaic kernels copy other keys and values first, to clear them.
     """
 
     keys: Float[Array, "batch entries_or_tokens kv_heads head_dim"]
@@ -47,16 +49,17 @@ class RangeSource:
     end: Int[Array, "batch rows"] | Int[Array, "batch kv_heads rows"]
     queries: Float[Array, "batch rows heads head_dim"] | None = None
     packed: PackedIndices | None = None
+    finite: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def entries(self) -> int:
         """How many entries there are, attended or not."""
         return self.keys.shape[1] if self.packed is None else self.packed.indices.shape[1]
 
-    def attends_every_entry(self, rows: int) -> bool:
-        """Whether shapes alone say that each entry lies in the range of one of `rows` rows."""
+    def is_clean(self, rows: int) -> bool:
+        """Whether it is known while tracing that no entry is NaN that no row attends."""
         del rows
-        return False
+        return self.finite
 
     def bounds(
         self, rows: int
@@ -101,6 +104,7 @@ class TokenSource:
       row_offset: token index of row 0, one for all or one for each row of the batch, when the
         rows are a suffix of the tokens or one of them, as in decoding. None is 0.
       queries: replaces the call's queries for this source.
+      finite: as in `RangeSource`.
     """
 
     keys: Float[Array, "batch entries kv_heads head_dim"]
@@ -109,6 +113,7 @@ class TokenSource:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     row_offset: int | Int[Array, ""] | Int[Array, " batch"] | None = None
     queries: Float[Array, "batch rows heads head_dim"] | None = None
+    finite: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def entries(self) -> int:
@@ -121,10 +126,11 @@ class TokenSource:
         offset = self.row_offset
         return offset is None or (isinstance(offset, int) and offset == 0)
 
-    def attends_every_entry(self, rows: int) -> bool:
-        """Whether shapes alone say that each entry lies in the range of one of `rows` rows."""
+    def is_clean(self, rows: int) -> bool:
+        """Whether it is known while tracing that no entry is NaN that no row attends."""
         # left padding has document_start > t, which leaves entries that no row attends
-        return self.begins_at_first_token and self.document_start is None and rows == self.entries
+        attended = self.document_start is None and rows == self.entries
+        return self.finite or (self.begins_at_first_token and attended)
 
     def bounds(
         self, rows: int

@@ -38,7 +38,7 @@ def attend(
     """See `range_attention`."""
     rows = queries.shape[1]
     entries = tuple(source.listed(rows) for source in sources)
-    clean = tuple(source.attends_every_entry(rows) for source in sources)
+    clean = tuple(source.is_clean(rows) for source in sources)
     return cast(tuple[Array, Array], _attend(queries, entries, scale, clean))
 
 
@@ -63,7 +63,7 @@ def gradients(
     """Gradients of queries, keys and values, for another backend's outputs with `source` alone."""
     rows = queries.shape[1]
     entries = source.listed(rows)._replace(queries=None)
-    clean = (source.attends_every_entry(rows),)
+    clean = (source.is_clean(rows),)
     queries_gradient, ((_, keys_gradient, values_gradient),) = _backward(
         queries, (entries,), outputs, output_gradients, scale, clean
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.attend import attend, attend_blocks
-from seqeff.models.caches.protocol import Sizes, pick
+from seqeff.models.caches.protocol import Sizes, aligned, pick
 from seqeff.models.caches.whole import KeysValues
 from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
@@ -132,8 +132,8 @@ class BlockCache:
         # arrays of their own, which can be donated
         length, kept = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
         state = BlocksState(length, kept, jnp.zeros((sizes.batch, self.window), bool))
-        kept = _aligned(sizes.capacity) if self.ring is None else max(self.ring, 1)
-        slots = (_aligned(self.initial), kept, self.window)
+        kept = sizes.capacity if self.ring is None else max(self.ring, 1)
+        slots = (aligned(self.initial), kept, self.window)
         return state, Blocks(*(KeysValues.empty(sizes, count) for count in slots))
 
     def begin(
@@ -312,13 +312,14 @@ class BlockCache:
                 by = step.initial_end + between - token
                 queries = heads.turned(heads.queries, by)
             none = jnp.zeros_like(step.initial_end)
-            sources.append(RangeSource(*initial, none, step.initial_end, queries))
+            sources.append(RangeSource(*initial, none, step.initial_end, queries, finite=True))
         sources.append(
             TokenSource(
                 *nearest,
                 document_start=jnp.broadcast_to(step.nearest_start[:, None], token.shape),
                 window=window,
                 row_offset=window,
+                finite=True,
             )
         )
         output = attend(heads.queries, sources, backend)
@@ -336,7 +337,7 @@ class BlockCache:
             nearest = nearest._replace(keys=turned)
         if far.packed is None or far.ring_slot is None or far.ring_from is None:
             ring = ring.put(far.rank, nearest, far.leaves)
-            return RangeSource(*ring, far.start, far.end), ring
+            return RangeSource(*ring, far.start, far.end, finite=True), ring
         listed = KeysValues(
             *(
                 jnp.concatenate([old, new], axis=1)
@@ -345,8 +346,3 @@ class BlockCache:
         )
         source = RangeSource(*listed, far.start, far.end, packed=far.packed)
         return source, listed.pick(far.ring_from)
-
-
-def _aligned(count: int) -> int:
-    """Slots for so many entries; a multiple of 8 can be read by Hopper's copy engine."""
-    return -(-max(count, 1) // 8) * 8

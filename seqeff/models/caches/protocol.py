@@ -130,6 +130,11 @@ def kind_of(attention: Any) -> CacheKind:
     return attention.cache() if isinstance(attention, CachedAttention) else WholeCache(attention)
 
 
+def aligned(count: int) -> int:
+    """Slots for so many entries; a multiple of 8 can be read by Hopper's copy engine."""
+    return -(-max(count, 1) // 8) * 8
+
+
 def put(
     array: Shaped[Array, "batch slots *features"],
     slot: Int[Array, "batch rows"],

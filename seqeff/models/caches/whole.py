@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,6 +87,7 @@ class WholeCache:
         arrays = step.put(arrays, heads)
         all_heads = heads._replace(keys=arrays.keys, values=arrays.values)
         sources = self.attention.sources(step.plan, all_heads, step.length)
+        sources = [dataclasses.replace(source, finite=True) for source in sources]
         return attend(heads.queries, sources, backend), arrays
 
     def settle(self, step: Appended, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
@@ -132,7 +134,7 @@ class TokenCache:
         if heads.rows == 1:
             block = CacheBlock(*arrays, step.length + step.count)
             return attend_blocks(heads.queries, [block], backend), arrays
-        source = TokenSource(*arrays, row_offset=step.length)
+        source = TokenSource(*arrays, row_offset=step.length, finite=True)
         return attend(heads.queries, [source], backend), arrays
 
     def settle(self, step: Appended, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
