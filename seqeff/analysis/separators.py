@@ -97,7 +97,8 @@ def _listed(
 def _pieces(file: Path) -> Iterator[str]:
     """A file's text in pieces that end with lines, so that hardly a token is cut."""
     try:
-        with open(file, encoding="utf-8-sig") as text:
+        # line ends are the text's own, as in training
+        with open(file, encoding="utf-8-sig", newline="") as text:
             lines = text.readlines(_PIECE)
             while lines:
                 yield "".join(lines)

@@ -42,7 +42,7 @@ def override_statement(override: str) -> str:
     """The gin statement that `NAME=VALUE` means.
 
     Literals, references `@Class()` and macros `%NAME` stay. `true`, `false`, `null` and `none` in
-    any case become Python's, and other bare words strings, in lists and tuples too.
+    any case become Python's, and other bare words strings, in lists, tuples and dictionaries too.
 
     Raises:
       ConfigError: not of the form `NAME=VALUE`.
@@ -61,6 +61,11 @@ def _repaired(value: str) -> str:
     if value[0] + value[-1] in ("[]", "()"):
         items = [_repaired(item.strip()) for item in _split(value[1:-1]) if item.strip()]
         return f"({''.join(item + ', ' for item in items)})"
+    if value[0] + value[-1] == "{}":
+        pairs = [_split(item, ":") for item in _split(value[1:-1]) if item.strip()]
+        if all(len(pair) == 2 for pair in pairs):
+            items = [f"{_repaired(key.strip())}: {_repaired(of.strip())}" for key, of in pairs]
+            return f"{{{', '.join(items)}}}"
     return repr(value)
 
 
@@ -71,12 +76,12 @@ def _is_literal(value: str) -> bool:
         return False
 
 
-def _split(items: str) -> list[str]:
-    """Splits at the commas outside quotes and brackets."""
+def _split(items: str, separator: str = ",") -> list[str]:
+    """Splits at the separators outside quotes and brackets."""
     parts, depth = [""], 0
     for piece in re.findall(r"""'[^']*'|"[^"]*"|.""", items):
         depth += (piece in "([{") - (piece in ")]}")
-        if piece == "," and depth == 0:
+        if piece == separator and depth == 0:
             parts.append("")
         else:
             parts[-1] += piece

@@ -14,7 +14,7 @@ from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.data.files import decode_utf8, read_bytes
 from seqeff.evaluation.streaming import Book, Stream, StreamResult, read_in_rows, stream
-from seqeff.models import SeparatorAttention, TransformerConfig
+from seqeff.models import Rotary, SeparatorAttention, TransformerConfig
 
 HEADER = (
     f"{'method':22}{'perplexity':>11}{'bits/byte':>10}{'tokens':>11}{'seconds':>9}{'tokens/s':>10}"
@@ -50,9 +50,11 @@ def methods(config: TransformerConfig) -> dict[str, TransformerConfig]:
         else attention
         for layer, attention in enumerate(config.attentions())
     }
+    # what is kept without separators is kept by interval
+    name = "SepLLM" if any(attention.separator_ids for attention in own) else "FixLLM"
     return {
         "StreamingLLM": dataclasses.replace(config, layer_attention=streaming),
-        "SepLLM": config,
+        name: config,
     }
 
 
@@ -114,8 +116,13 @@ def warning(config: TransformerConfig, longest: int, length: int) -> str:
         and (attention.initial_tokens or attention.might_keep)
         for attention in config.attentions()
     )
-    if longest <= length or not far or not config.positions.by_place:
+    if longest <= length or not far or not isinstance(config.positions, Rotary):
         return ""
+    if not config.positions.by_place:
+        return (
+            f"warning: texts go up to {longest:,} tokens, in training up to {length:,}, past whose "
+            "number of segments perplexity rises"
+        )
     return (
         f"warning: positions go up to {longest:,}, in training up to {length:,}, past which "
         "perplexity rises to hundreds; --gin.SeparatorAttention.positions=compact keeps them near"

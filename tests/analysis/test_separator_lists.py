@@ -49,6 +49,14 @@ def test_density_in_texts(tokenizer, tmp_path):
     assert "10.00%       3  ','" in result.output
 
 
+def test_line_ends_count_as_they_are(tokenizer, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"ab\r\n")
+    result = seqeff("info", "--separators", tokenizer, text)
+    assert "4 tokens" in result.output
+    assert "25.00%       5  '\\n'" in result.output
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -26,6 +26,8 @@ from seqeff.checks import UserError
         ("Train.shape=[3, 4]", "shape", (3, 4)),
         ("Train.shape=(5,)", "shape", (5,)),
         ("Train.limits={'a': 1e-4}", "limits", {"a": 1e-4}),
+        ("Train.limits={a: 1e-4, 'b:c': 2.0}", "limits", {"a": 1e-4, "b:c": 2.0}),
+        ("Train.limits={}", "limits", {}),
     ],
 )
 def test_override_values(override, field, expected):

@@ -22,7 +22,7 @@ from seqeff.models import (
     TransformerConfig,
     token_losses,
 )
-from seqeff.models.positions import LearnedPositions
+from seqeff.models.positions import BilevelPositions, LearnedPositions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -224,6 +224,13 @@ def test_streamingllm_has_as_many_entries():
     assert list(methods(dataclasses.replace(CONFIG, attention=window))) == ["own attention"]
 
 
+def test_streams_have_their_methods_names():
+    assert list(methods(CONFIG)) == ["StreamingLLM", "SepLLM"]
+    fixed = with_attention(separator_ids=(), interval=4)
+    assert list(methods(fixed)) == ["StreamingLLM", "FixLLM"]
+    assert list(methods(with_attention(separator_ids=(), characters=""))) == ["StreamingLLM"]
+
+
 def test_full_layers_are_refused():
     mixed = dataclasses.replace(CONFIG, layer_attention={1: DenseAttention()})
     with pytest.raises(UserError, match=r"layer 1 keeps every token \(DenseAttention\), so that"):
@@ -240,6 +247,8 @@ def test_positions_past_training_are_warned_of():
     assert "positions go up to 40, in training up to 32" in warning(absolute, 40, 32)
     assert not warning(absolute, 40, 40)
     assert not warning(CONFIG, 40, 32)
+    segments = dataclasses.replace(absolute, positions=BilevelPositions(separator_ids=(3,)))
+    assert "texts go up to 40 tokens, in training up to 32" in warning(segments, 40, 32)
     learned = dataclasses.replace(absolute, positions=LearnedPositions(length=64))
     assert not warning(learned, 40, 32)
     # distances stay near

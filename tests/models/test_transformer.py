@@ -28,6 +28,7 @@ from seqeff.models import (
     FeedForward,
     HeadProjections,
     NoPositions,
+    SeparatorAttention,
     empty_cache,
 )
 
@@ -35,7 +36,7 @@ BATCH, LENGTH = 3, 63
 TOKENS = random_tokens(BATCH, LENGTH)
 ONE_DOCUMENT = np.zeros_like(TOKENS)
 # every attention in one model, a layer each: what any of them leaks reaches the output
-KINDS = ("dense", "separator", "interval")
+KINDS = ("dense", "separator", "bounded", "compact", "fixed", "interval")
 CONFIG = small_config(
     layers=len(KINDS),
     layer_attention={layer: ATTENTIONS[name] for layer, name in enumerate(KINDS)},
@@ -109,6 +110,23 @@ def test_no_output_depends_on_other_documents(forward):
         # what follows a document does not matter, so this is the document alone
         alone = forward(np.roll(TOKENS, -first, axis=1), ONE_DOCUMENT)[:, : end - first]
         np.testing.assert_allclose(packed[:, first:end], alone, atol=2e-5)
+
+
+def test_padding_on_the_left_changes_nothing(forward):
+    padding = 9
+    padded = np.pad(TOKENS, ((0, 0), (padding, 0)), constant_values=SEPARATORS[0])
+    starts = np.full_like(padded, padding)
+    outputs = forward(padded, starts)[:, padding:]
+    np.testing.assert_allclose(outputs, forward(TOKENS, ONE_DOCUMENT), atol=2e-5)
+
+
+def test_with_every_token_a_separator_attention_is_dense():
+    every = SeparatorAttention(window=4, initial_tokens=1, separator_ids=tuple(range(VOCABULARY)))
+    outputs = []
+    for attention in (every, DenseAttention()):
+        graph, parameters = random_model(small_config(attention=attention))
+        outputs.append(np.asarray(nnx.merge(graph, parameters)(TOKENS)))
+    np.testing.assert_allclose(*outputs, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunks", [(31, 31, 1), (1,) * 63], ids=["chunks", "tokens"])
