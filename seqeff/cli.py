@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from seqeff.checks import UserError, flatten
@@ -249,7 +250,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     _check_evaluation(options)
     run, config, tokenizer = _open(options, overrides)
     if options.streaming:
-        return _stream(options, run, config, tokenizer)
+        return _stream(options, overrides, run, config, tokenizer)
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
@@ -277,7 +278,11 @@ def _check_evaluation(options: argparse.Namespace) -> None:
 
 
 def _stream(
-    options: argparse.Namespace, run: RunDirectory, config: training.Train, tokenizer: Tokenizer
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    run: RunDirectory,
+    config: training.Train,
+    tokenizer: Tokenizer,
 ) -> int:
     import jax
 
@@ -313,7 +318,7 @@ def _stream(
             found = rows.setdefault(method, [])
             found.append(result)
             results.append({"method": method, "book": book.name, **result.as_metrics()})
-            write_report(options.json, "streaming", results)
+            write_report(options.json, "streaming", results, {"overrides": overrides})
             if options.per_book:
                 print(comparison.line(f"  {book.name}"[:21], result), flush=True)
             if len(found) == len(books):
@@ -374,7 +379,8 @@ def _bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.bench.train import benchmark_training
 
     loaded = [(str(path), _load(path, overrides, None).root) for path in options.configs]
-    return _tell_speed("train", benchmark_training(loaded, options.steps), options)
+    results = benchmark_training(loaded, options.steps)
+    return _tell_speed("train", results, options, {"overrides": overrides})
 
 
 def _bench_generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -386,6 +392,7 @@ def _bench_generate(options: argparse.Namespace, overrides: Sequence[str]) -> in
         options.prompt,
         options.tokens,
         options.chunk,
+        overrides,
         options.json,
         options.commit,
     )
@@ -421,11 +428,14 @@ def _bench_decode(options: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _tell_speed(
-    benchmark: str, results: Sequence[Mapping[str, Any]], options: argparse.Namespace
+    benchmark: str,
+    results: Sequence[Mapping[str, Any]],
+    options: argparse.Namespace,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
     from seqeff.bench.report import write_report
 
-    write_report(options.json, benchmark, results, commit=options.commit)
+    write_report(options.json, benchmark, results, facts, options.commit)
     for row in results:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     return 0

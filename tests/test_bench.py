@@ -311,16 +311,23 @@ def test_prompts_and_their_continuations(tiny, tmp_path):
     result = seqeff("bench", "generate", tiny.config, *options, *bounded)
     assert result.status == 0, result.errors
     assert result.output.splitlines()[0].split()[:3] == ["config", "batch", "prompt"]
-    (row,) = json.loads(file.read_text())["results"]
+    report = json.loads(file.read_text())
+    (row,) = report["results"]
     assert (row["batch"], row["prompt"], row["tokens"]) == (2, 20, 3)
+    assert report["overrides"] == [override.removeprefix("--gin.") for override in bounded]
     assert row["tokens_per_second"] > 0 and row["prompt_tokens_per_second"] > 0
     # 3 initial tokens, 5 of the window and up to 2 separators
-    assert 8 <= row["entries_read"] <= 10
+    assert 8 <= row["entries_read"] <= row["entries_resident"] <= 10
     dense = seqeff("bench", "generate", tiny.config, *options)
     assert dense.status == 0, dense.errors
     (row,) = json.loads(file.read_text())["results"]
     # after two loops of 3: one token more reads itself too
     assert row["entries_read"] == 20 + 6 + 1
+    learned = [
+        "--gin.TransformerConfig.positions=@LearnedPositions()",
+        "--gin.LearnedPositions.length=25",
+    ]
+    assert "25" in refused("bench", "generate", tiny.config, *options, *learned)
 
 
 def test_batches_keep_the_commit_that_is_given(monkeypatch, tmp_path):

@@ -57,15 +57,22 @@ def generate(
     prompt: int,
     tokens: int,
     chunk: int,
+    overrides: Sequence[str],
     file: Path | None,
     commit: str | None,
 ) -> None:
-    """Times prompts and their continuations; see `benchmark_generation`."""
+    """Times prompts and their continuations; see `benchmark_generation`.
+
+    Raises:
+      ConfigError: a config's table of positions is too short.
+    """
+    for _, config in configs:
+        config.model.require_positions(generate_bench.capacity(prompt, tokens))
     rows = generate_bench.benchmark_generation(
         configs, batch=batch, prompt=prompt, tokens=tokens, chunk=chunk
     )
     print(generate_bench.HEADER, flush=True)
-    _tell("generate", rows, generate_bench.line, {}, file, commit)
+    _tell("generate", rows, generate_bench.line, {"overrides": overrides}, file, commit)
 
 
 def _tell(

@@ -63,18 +63,27 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def capacity(prompt: int, tokens: int) -> int:
+    """Tokens of a row in all; the first loop of a continuation warms up, and is not counted."""
+    length, loops = _loops(tokens)
+    return prompt + (loops + 1) * length
+
+
+def _loops(tokens: int) -> tuple[int, int]:
+    """Tokens of a loop, and how many loops give at least so many tokens."""
+    length = min(tokens, _LOOP)
+    return length, math.ceil(tokens / length)
+
+
 def _measure(
     config: TransformerConfig, batch: int, prompt: int, tokens: int, chunk: int
 ) -> dict[str, Any]:
-    length = min(tokens, _LOOP)
-    loops = math.ceil(tokens / length)
+    length, loops = _loops(tokens)
 
     # two programs: XLA takes minutes over random numbers whose every layer is cut out
     parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
     parameters = jax.jit(functools.partial(cached_parameters, config))(parameters)
-    # the first loop warms up
-    capacity = prompt + (loops + 1) * length
-    empty = jax.jit(functools.partial(empty_cache, config, batch, capacity))
+    empty = jax.jit(functools.partial(empty_cache, config, batch, capacity(prompt, tokens)))
     cache = empty()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     sizes = {min(chunk, prompt), prompt % chunk} - {0}
