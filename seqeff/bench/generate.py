@@ -20,6 +20,7 @@ from seqeff.models import (
     TransformerConfig,
     cached_parameters,
     empty_cache,
+    most_kept,
 )
 from seqeff.models.flops import entries_of_cache
 
@@ -83,7 +84,9 @@ def _measure(
     # two programs: XLA takes minutes over random numbers whose every layer is cut out
     parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
     parameters = jax.jit(functools.partial(cached_parameters, config))(parameters)
-    empty = jax.jit(functools.partial(empty_cache, config, batch, capacity(prompt, tokens)))
+    all_tokens = capacity(prompt, tokens)
+    kept = most_kept(config, _tokens(config, batch, 0, prompt), all_tokens - prompt)
+    empty = jax.jit(functools.partial(empty_cache, config, batch, all_tokens, kept))
     cache = empty()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     sizes = {min(chunk, prompt), prompt % chunk} - {0}
@@ -146,10 +149,21 @@ def _take(
     config: TransformerConfig, rows: int, parameters: Any, cache: Cache, first: Int[Array, ""]
 ) -> Cache:
     """Takes random tokens in."""
-    key = jax.random.fold_in(jax.random.key(1), first)
-    shape = (cache.length.shape[0], rows)
-    tokens = jax.random.randint(key, shape, 0, config.vocabulary_size)
+    tokens = _tokens(config, cache.length.shape[0], first, rows)
     return CachedTransformer.of(config, parameters).extend(tokens, cache)[1]
+
+
+def _tokens(
+    config: TransformerConfig, batch: int, first: Int[Array, ""] | int, rows: int
+) -> Int[Array, "batch rows"]:
+    """Tokens of the prompts from the given one on, as random as a hash of their places."""
+    key, places = jax.random.key(1), first + jnp.arange(rows)
+
+    def draw(row: Array, place: Array) -> Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, row), place)
+        return jax.random.randint(own, (), 0, config.vocabulary_size)
+
+    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(jnp.arange(batch), places)
 
 
 def _go_on(

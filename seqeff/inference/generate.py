@@ -20,12 +20,14 @@ from seqeff.models import (
     TransformerConfig,
     cached_parameters,
     empty_cache,
+    most_kept,
 )
 from seqeff.models.caches import kind_of
 
 # tokens of a prompt that are taken at a time, and a multiple that the last ones are filled up to
 _CHUNK = 512
 _ROUNDING = 64
+_LEAST_KEPT = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,10 @@ class Generator:
             donate_argnames=("cache",),
         )
         self._parameters = jax.jit(functools.partial(cached_parameters, config))
-        self._empty = jax.jit(functools.partial(empty_cache, config, 1, context or 1))
+        self._config = config
+        self._empty = jax.jit(
+            functools.partial(empty_cache, config, 1, context or 1), static_argnames=("kept",)
+        )
 
     def stream(
         self, parameters: Any, prompt: Sequence[int], tokens: int, sampling: Sampling, stop: int
@@ -97,7 +102,10 @@ class Generator:
             sampling=dataclasses.replace(sampling, seed=0),
         )
         count = tokens if self.context is None else min(tokens, self.context - len(prompt))
-        token, cache = jnp.zeros(1, jnp.int32), self._empty()
+        kept = most_kept(self._config, jnp.asarray([prompt], jnp.int32), count)
+        # few sizes, for each of which the steps compile
+        kept = max(_LEAST_KEPT, 1 << (kept - 1).bit_length())
+        token, cache = jnp.zeros(1, jnp.int32), self._empty(kept=kept)
         for first in range(0, len(prompt), _CHUNK):
             part = prompt[first : first + _CHUNK]
             # rounding up keeps the number of compiled lengths small

@@ -1,7 +1,13 @@
 """The model: a Transformer whose parts are frozen configs with a `make` method each."""
 
 from seqeff.models.attention import Attention, DenseAttention, SeparatorAttention
-from seqeff.models.cached import Cache, CachedTransformer, cached_parameters, empty_cache
+from seqeff.models.cached import (
+    Cache,
+    CachedTransformer,
+    cached_parameters,
+    empty_cache,
+    most_kept,
+)
 from seqeff.models.cross_entropy import cross_entropy_sums, token_losses
 from seqeff.models.feed_forward import FeedForward
 from seqeff.models.initialisation import NormalInitialisation, SmallInitialisation
@@ -35,6 +41,7 @@ __all__ = [
     "cached_parameters",
     "cross_entropy_sums",
     "empty_cache",
+    "most_kept",
     "parameter_shardings",
     "token_losses",
 ]

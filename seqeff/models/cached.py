@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seqeff.models.caches import CacheKind, LayersCache, Sizes, aligned, kind_of
+from seqeff.models.caches import BlockCache, CacheKind, LayersCache, Sizes, aligned, kind_of
 from seqeff.models.heads import Heads
 from seqeff.models.positions import Rotation
 from seqeff.models.transformer import LanguageModel, Layer, TransformerConfig
@@ -33,20 +33,47 @@ class Cache(NamedTuple):
     layers: tuple[LayersCache, ...]
 
 
-def empty_cache(config: TransformerConfig, batch: int, capacity: int) -> Cache:
+def empty_cache(
+    config: TransformerConfig, batch: int, capacity: int, kept: int | None = None
+) -> Cache:
     """A cache of rows without tokens, for up to `capacity` of them where it grows.
+
+    Args:
+      kept: most tokens of a row that attentions of chosen tokens keep; None: all. With fewer than
+        `most_kept` says, the oldest are overwritten.
 
     Raises:
       ConfigError: the positions' table is shorter.
     """
     config.require_positions(capacity)
     heads = config.projections
-    sizes = Sizes(batch, aligned(capacity), heads.groups(), heads.size(config.width), config.dtype)
+    sizes = Sizes(
+        batch,
+        aligned(capacity),
+        aligned(capacity if kept is None else min(kept, capacity)),
+        heads.groups(),
+        heads.size(config.width),
+        config.dtype,
+    )
     layers = tuple(
         LayersCache.empty(kind_of(attention), end - first, sizes)
         for attention, first, end in config.runs()
     )
     return Cache(jnp.zeros(batch, jnp.int32), config.positions.carry(batch), layers)
+
+
+def most_kept(config: TransformerConfig, tokens: Int[Array, "batch length"], further: int) -> int:
+    """Most tokens of a row that growing caches of chosen tokens keep, for `empty_cache`.
+
+    Args:
+      tokens: of the rows, from their first.
+      further: tokens of a row after them, all of which may be chosen.
+    """
+    kinds = {kind_of(attention) for attention in config.attentions()}
+    choosers = [k.chooser for k in kinds if isinstance(k, BlockCache) and k.grows]
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    counts = [chooser.are_separators(tokens, index).sum(1).max() for chooser in choosers]
+    return int(max(counts, default=0)) + further
 
 
 def cached_parameters(config: TransformerConfig, parameters: Any) -> Any:

@@ -31,6 +31,7 @@ from seqeff.models import (
     SeparatorAttention,
     cached_parameters,
     empty_cache,
+    most_kept,
 )
 from seqeff.models.caches import (
     BlockCache,
@@ -194,6 +195,19 @@ def test_a_bounded_cache_has_one_size_for_any_capacity(name):
     assert not kind_of(ATTENTIONS[name]).grows
     assert kind_of(ATTENTIONS["separator"]).grows
     assert kind_of(ATTENTIONS["dense"]).grows
+
+
+@pytest.mark.parametrize("chunks", [(31, 31, 1), (1,) * 63], ids=["chunks", "tokens"])
+@pytest.mark.parametrize("name", ["separator", "fixed"])
+def test_a_growing_cache_has_room_for_what_it_keeps(name, chunks):
+    config = config_of(name)
+    most = most_kept(config, jnp.asarray(TOKENS), 0)
+    assert most_kept(config, jnp.asarray(TOKENS[:, :40]), 23) >= most
+    cache = empty_cache(config, BATCH, LENGTH, most)
+    (slots,) = {arrays.kept.keys.shape[1] for run in cache.layers for arrays in run.arrays}
+    assert most <= slots < most + 8 < LENGTH
+    outputs, _ = run(name, chunks, cache=cache)
+    close(outputs, whole(name))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -112,7 +112,7 @@ class BlockCache:
     gives what the attention gives over whole rows.
 
     Attributes:
-      ring: slots for kept tokens; None: as many as the capacity, so that none is overwritten.
+      ring: slots for kept tokens; None: as many as `Sizes.kept`, so that none is overwritten.
       chooser: says by `are_separators(tokens, positions)` which tokens are kept.
       compact: kept and initial tokens take the positions right before the window.
     """
@@ -132,7 +132,7 @@ class BlockCache:
         # arrays of their own, which can be donated
         length, kept = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
         state = BlocksState(length, kept, jnp.zeros((sizes.batch, self.window), bool))
-        kept = sizes.capacity if self.ring is None else max(self.ring, 1)
+        kept = sizes.kept if self.ring is None else max(self.ring, 1)
         slots = (aligned(self.initial), kept, self.window)
         return state, Blocks(*(KeysValues.empty(sizes, count) for count in slots))
 

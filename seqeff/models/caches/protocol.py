@@ -19,10 +19,12 @@ class Sizes(NamedTuple):
 
     Attributes:
       capacity: most tokens that a row has, for caches that keep all or might.
+      kept: most of them that caches of chosen tokens keep, where these grow.
     """
 
     batch: int
     capacity: int
+    kept: int
     kv_heads: int
     head_dim: int
     dtype: DTypeLike
