@@ -81,7 +81,7 @@ def _measure(
 ) -> dict[str, Any]:
     length, loops = _loops(tokens)
 
-    # two programs: XLA takes minutes over random numbers whose every layer is cut out
+    # two programs: XLA takes over a minute where random numbers are cut by layer
     parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
     parameters = jax.jit(functools.partial(cached_parameters, config))(parameters)
     all_tokens = capacity(prompt, tokens)
