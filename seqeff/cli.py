@@ -357,7 +357,13 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(options.prompt, end="", flush=True)
         for text in decode_stream(tokenizer, ids):
             print(text, end="", flush=True)
-    print()
+    print(flush=True)
+    use = generator.use
+    print(
+        f"seqeff: {use.tokens:,} tokens read {use.read / use.tokens:,.1f} entries a layer in the "
+        f"mean; a layer held {use.resident:,} at most",
+        file=sys.stderr,
+    )
     return 0
 
 

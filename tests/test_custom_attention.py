@@ -1,6 +1,7 @@
 """The example of an attention from outside the repository, used as a user's own files would be."""
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from seqeff import config
 from seqeff.checks import ConfigError
 from seqeff.models import Attention
 from seqeff.models.attention.protocol import Heads
+from seqeff.models.flops import entries_of_tokens
 from seqeff_kernels.range_attention import range_attention
 
 REPOSITORY = Path(__file__).parents[1]
@@ -89,6 +91,13 @@ def test_it_attends_the_tokens_of_its_mask(model, documents):
 
     weights = attended(tokens, starts)[:, :, 0]
     np.testing.assert_allclose(weights, mask / mask.sum(-1, keepdims=True), atol=1e-6)
+
+
+def test_it_decodes_with_every_token_of_its_document(model, documents):
+    tokens, starts = documents
+    attended, held = jax.jit(functools.partial(entries_of_tokens, model))(tokens, starts)
+    np.testing.assert_allclose(attended, naive_mask(model.attention, starts).sum(-1), rtol=1e-6)
+    np.testing.assert_array_equal(held, np.arange(LENGTH) - starts + 1)
 
 
 def test_the_model_is_causal_and_keeps_documents_apart(model, documents):

@@ -18,7 +18,7 @@ from seqeff.models import Rotary, SeparatorAttention, TransformerConfig
 
 HEADER = (
     f"{'method':22}{'perplexity':>11}{'bits/byte':>10}{'tokens':>11}{'seconds':>9}{'tokens/s':>10}"
-    f"{'entries read':>14}{'at most':>9}"
+    f"{'entries read':>14}{'at most':>9}{'memory, MiB':>13}"
 )
 
 
@@ -135,4 +135,5 @@ def line(method: str, result: StreamResult) -> str:
     return (
         f"{method:22}{found.perplexity:11.2f}{found.bits_per_byte:10.4f}{found.tokens:11,}"
         f"{result.seconds:9.1f}{speed:10,.0f}{found.entries_read:14.1f}{found.resident:9,}"
+        f"{result.device_bytes / 2**20:13,.1f}"
     )

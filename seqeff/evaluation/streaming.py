@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,21 +57,28 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamResult:
-    """What a text costs; `seconds` are on the clock, compilation not included."""
+    """What a text costs.
+
+    Attributes:
+      seconds: on the clock, compilation not included.
+      device_bytes: of the program that reads it: parameters, cache, a chunk's activations.
+    """
 
     perplexity: Perplexity
     seconds: float
+    device_bytes: int
 
     @classmethod
-    def of(cls, parts: Float[np.ndarray, "parts 6"]) -> StreamResult:
+    def of(cls, parts: Float[np.ndarray, "parts 6"], device_bytes: int) -> StreamResult:
         """From rows of the attributes of `Perplexity`, and the seconds."""
-        return cls(Perplexity.of(parts[:, :5]), float(parts[:, 5].sum()))
+        return cls(Perplexity.of(parts[:, :5]), float(parts[:, 5].sum()), device_bytes)
 
     @classmethod
-    def total(cls, results: Iterable[StreamResult]) -> StreamResult:
+    def total(cls, results: Sequence[StreamResult]) -> StreamResult:
         """Of several texts."""
         parts = [(*dataclasses.astuple(part.perplexity), part.seconds) for part in results]
-        return cls.of(np.asarray(parts, np.float64))
+        most = max(part.device_bytes for part in results)
+        return cls.of(np.asarray(parts, np.float64), most)
 
     def as_metrics(self) -> dict[str, float]:
         """For reports."""
@@ -80,6 +87,7 @@ class StreamResult:
             **self.perplexity.as_metrics(),
             "seconds": self.seconds,
             "tokens_per_second": speed,
+            "device_bytes": self.device_bytes,
         }
 
 
@@ -132,10 +140,10 @@ class Stream:
         sums, cache = self._take(parameters, cache, tokens, targets, jnp.int32(last - first))
         return sums, cache, last
 
-    def compile(self, parameters: Any) -> None:
-        """Once, with nothing taken in."""
+    def compile(self, parameters: Any) -> int:
+        """Once, with nothing taken in; gives the bytes of the device that a chunk needs."""
         nothing = np.zeros((1, self._chunk), np.int32)
-        jax.block_until_ready(self._take(parameters, self.empty(), nothing, nothing, jnp.int32(0)))
+        return _first_call(self._take, parameters, self.empty(), nothing, nothing, jnp.int32(0))
 
     def fingerprint(self, parameters: Any, books: Sequence[Book], carry: bool) -> str:
         """Of what a saved stream depends on."""
@@ -172,7 +180,7 @@ def stream(
     require_positions(reader.config, books, carry)
     fingerprint = "" if state is None else reader.fingerprint(parameters, books, carry)
     parameters = reader.parameters(parameters)
-    reader.compile(parameters)
+    device_bytes = reader.compile(parameters)
     cache, at = reader.empty(), _Place()
     if state is not None and state.exists():
         cache, words = load_cache(state, cache)
@@ -181,7 +189,8 @@ def stream(
                 f"{state} is of other texts, parameters or settings; remove it, or name another"
             )
         at = _Place(**json.loads(words["place"]))
-    yield from zip(books, (StreamResult.of(np.asarray([x])) for x in at.results), strict=False)
+    earlier = (StreamResult.of(np.asarray([x]), device_bytes) for x in at.results)
+    yield from zip(books, earlier, strict=False)
 
     def keep() -> None:
         if state is not None:
@@ -207,7 +216,7 @@ def stream(
         if not carry:
             cache = reader.empty()
         keep()
-        yield book, StreamResult.of(np.asarray([result]))
+        yield book, StreamResult.of(np.asarray([result]), device_bytes)
 
 
 def read_in_rows(
@@ -241,7 +250,7 @@ def read_in_rows(
         )
 
     empty = np.full((_ROWS, length), -1, np.int32)
-    jax.block_until_ready(sums(parameters, np.maximum(empty, 0), empty))
+    device_bytes = _first_call(sums, parameters, np.maximum(empty, 0), empty)
     for book in books:
         begin = time.perf_counter()
         predicted, step = len(book.tokens) - 1, _ROWS * length
@@ -254,7 +263,7 @@ def read_in_rows(
         )
         found = [sums(parameters, *part) for part in zip(inputs, targets, strict=True)]
         perplexity = Perplexity.of(np.asarray(jax.device_get(found), np.float64))
-        yield book, StreamResult(perplexity, time.perf_counter() - begin)
+        yield book, StreamResult(perplexity, time.perf_counter() - begin, device_bytes)
 
 
 def require_constant_memory(config: TransformerConfig) -> None:
@@ -318,6 +327,22 @@ def _take(
         resident=resident.max().astype(jnp.float32),
     )
     return sums, cache
+
+
+def _first_call(program: Any, *arguments: Any) -> int:
+    """Compiles and calls a jitted function; gives the bytes that it needs of the device."""
+    memory = program.lower(*arguments).compile().memory_analysis()
+    jax.block_until_ready(program(*arguments))
+    return (
+        0
+        if memory is None
+        else (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+        )
+    )
 
 
 def _checksums(parameters: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ from seqeff.data import Tokenizer, TokenStream
 from seqeff.models import (
     Cache,
     CachedTransformer,
-    LearnedPositions,
     TransformerConfig,
     cached_parameters,
     empty_cache,
     most_kept,
 )
 from seqeff.models.caches import kind_of
+from seqeff.models.flops import entries_of_cache
 
 # tokens of a prompt that are taken at a time, and a multiple that the last ones are filled up to
 _CHUNK = 512
@@ -52,11 +52,34 @@ class Sampling:
         )
 
 
+@dataclasses.dataclass
+class CacheUse:
+    """Of the caches, by the prompt's tokens and those drawn that were taken in.
+
+    Attributes:
+      tokens: that many.
+      read: entries that they attended in a layer, themselves included, in the mean over the layers.
+      resident: most entries that a layer held after one of them.
+    """
+
+    tokens: int = 0
+    read: float = 0.0
+    resident: int = 0
+
+    def add(self, tokens: int, read: float, resident: int) -> None:
+        """Counts further tokens."""
+        self.tokens, self.read = self.tokens + tokens, self.read + read
+        self.resident = max(self.resident, resident)
+
+
 class Generator:
     """Generates from a model with caches of a fixed size; its steps compile once a length.
 
     A prompt goes into the caches in chunks. Where they are of constant size, so is the memory that
     a prompt of any length takes.
+
+    Attributes:
+      use: of the caches, by the latest stream.
     """
 
     def __init__(
@@ -69,7 +92,7 @@ class Generator:
           context: tokens that prompt and continuation may have together; None: any number, for
             models whose caches do not grow.
         """
-        self.context = context
+        self.context, self.use = context, CacheUse()
         self._extend = jax.jit(
             functools.partial(_extend, config, vocabulary_size),
             static_argnames=("sampling",),
@@ -105,26 +128,32 @@ class Generator:
         kept = most_kept(self._config, jnp.asarray([prompt], jnp.int32), count)
         # few sizes, for each of which the steps compile
         kept = max(_LEAST_KEPT, 1 << (kept - 1).bit_length())
-        token, cache = jnp.zeros(1, jnp.int32), self._empty(kept=kept)
+        token, cache = 0, self._empty(kept=kept)
+        self.use = use = CacheUse()
+
+        def take(ids: np.ndarray, part: int) -> int:
+            nonlocal cache
+            drawn, cache = extend(ids[None].astype(np.int32), part, cache)
+            token, read, resident = jax.device_get(drawn)
+            use.add(part, float(read), int(resident))
+            return int(token)
+
         for first in range(0, len(prompt), _CHUNK):
             part = prompt[first : first + _CHUNK]
             # rounding up keeps the number of compiled lengths small
-            ids = np.zeros((1, -(-len(part) // _ROUNDING) * _ROUNDING), np.int32)
-            ids[0, : len(part)] = part
-            token, cache = extend(jnp.asarray(ids), len(part), cache)
+            token = take(np.pad(part, (0, -len(part) % _ROUNDING)), len(part))
         for index in range(count):
-            value = int(token[0])
-            if value == stop:
+            if token == stop:
                 return
-            yield value
+            yield token
             if index + 1 < count:
-                token, cache = extend(token[:, None], 1, cache)
+                token = take(np.asarray([token]), 1)
 
 
 def generation_context(config: TransformerConfig, length: int) -> int | None:
     """Tokens that prompt and continuation may have: `length`, or any number in constant memory."""
     grows = any(kind_of(attention).grows for attention in config.attentions())
-    return length if grows or isinstance(config.positions, LearnedPositions) else None
+    return length if grows or config.positions.limit is not None else None
 
 
 def check_prompt(prompt: Sequence[int], context: int | None) -> None:
@@ -146,6 +175,14 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     yield stream.finish()
 
 
+class _Drawn(NamedTuple):
+    """The next token, entries that the tokens before it read, and the most that a layer holds."""
+
+    token: jax.Array
+    read: jax.Array
+    resident: jax.Array
+
+
 def _extend(
     config: TransformerConfig,
     vocabulary_size: int,
@@ -155,14 +192,18 @@ def _extend(
     cache: Cache,
     key: jax.Array,
     sampling: Sampling,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[_Drawn, Cache]:
     """Takes the first `count` tokens into the cache and draws the next one."""
     model = CachedTransformer.of(config, parameters)
     drawn_before = cache.length[0]
-    hidden, cache = model.extend(tokens, cache, jnp.full(tokens.shape[:1], count, jnp.int32))
+    counts = jnp.full(tokens.shape[:1], count, jnp.int32)
+    read, resident = entries_of_cache(config, cache, tokens, counts)
+    hidden, cache = model.extend(tokens, cache, counts)
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
     logits = model.logits(last)[:, 0, :vocabulary_size]
-    return _draw(logits, jax.random.fold_in(key, drawn_before), sampling), cache
+    token = _draw(logits, jax.random.fold_in(key, drawn_before), sampling)
+    read = jnp.where(jnp.arange(tokens.shape[1]) < count, read, 0).sum()
+    return _Drawn(token[0], read, resident[0]), cache
 
 
 def _draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

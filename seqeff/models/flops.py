@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from seqeff.models.cached import Cache
+from seqeff.models.caches import CachedAttention
 from seqeff.models.heads import Heads
 from seqeff.models.transformer import Transformer, TransformerConfig
 
@@ -37,17 +38,24 @@ def entries_of_tokens(
     tokens: Int[Array, "batch length"],
     document_start: Int[Array, "batch length"] | None,
 ) -> tuple[Float[Array, "batch length"], Float[Array, "batch length"]]:
-    """Entries that each token attends, itself included: mean over the layers, and the most."""
+    """Entries that each token attends, itself included, in the mean over the layers.
+
+    Also the most that a layer holds after it, of its document: what it attends, or every token
+    where the attention has no cache of its own.
+    """
     empty = jnp.zeros((*tokens.shape, 1, 1), jnp.float32)
     heads = Heads(empty, empty, empty, turn=lambda x, _: x)
     mean, most = (jnp.zeros(tokens.shape, jnp.float32) for _ in range(2))
+    so_far = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.float32)
+    if document_start is not None:
+        so_far = so_far - document_start
     for attention, first, end in config.runs():
         entries = jnp.zeros(tokens.shape, jnp.float32)
         for source in attention.sources(attention.plan(tokens, document_start), heads, 0):
             start, stop = source.bounds(tokens.shape[1])
             entries += jnp.maximum(stop - start, 0)[:, 0]
         mean += (end - first) / config.layers * entries
-        most = jnp.maximum(most, entries)
+        most = jnp.maximum(most, entries if isinstance(attention, CachedAttention) else so_far)
     return mean, most
 
 

@@ -67,6 +67,11 @@ class Positions(Protocol):
         ...
 
     @property
+    def limit(self) -> int | None:
+        """Positions that there are; None: as many as a row has tokens."""
+        ...
+
+    @property
     def by_place(self) -> bool:
         """Whether heads are rotated by a token's place in its row, so that they can be turned."""
         ...
@@ -105,6 +110,10 @@ class NoPositions:
         return Located(index, index), carried
 
     @property
+    def limit(self) -> int | None:
+        return None
+
+    @property
     def by_place(self) -> bool:
         return False
 
@@ -126,6 +135,10 @@ class LearnedPositions(NoPositions):
     def __post_init__(self) -> None:
         check_types(self)
         require(self.length >= 1, f"LearnedPositions.length = {self.length} must be at least 1")
+
+    @property
+    def limit(self) -> int | None:
+        return self.length
 
     def embedding(self, width: int, std: float, rngs: nnx.Rngs) -> nnx.Param:
         return parameters.normal(rngs, (self.length, width), std, PartitionSpec(None, "fsdp"))

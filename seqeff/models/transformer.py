@@ -23,7 +23,7 @@ from seqeff.models.feed_forward import FeedForward
 from seqeff.models.heads import Heads
 from seqeff.models.initialisation import Initialisation, NormalInitialisation
 from seqeff.models.norms import LayerNorm, Norm
-from seqeff.models.positions import LearnedPositions, Located, Positions, Rotary, Rotation
+from seqeff.models.positions import Located, Positions, Rotary, Rotation
 from seqeff.models.projections import HeadProjections
 from seqeff_kernels.range_attention import Backend
 
@@ -135,12 +135,11 @@ class TransformerConfig:
 
     def require_positions(self, length: int) -> None:
         """Raises a ConfigError if the positions' table is shorter than a row."""
-        positions = self.positions
-        if isinstance(positions, LearnedPositions):
-            require(
-                length <= positions.length,
-                f"LearnedPositions.length = {positions.length} is below the row's {length} tokens",
-            )
+        name, limit = type(self.positions).__name__, self.positions.limit
+        require(
+            limit is None or length <= limit,
+            f"{name}.length = {limit} is below the row's {length} tokens",
+        )
 
     def make(self, rngs: nnx.Rngs) -> Transformer:
         return Transformer(self, rngs)

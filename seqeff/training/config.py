@@ -7,7 +7,7 @@ import dataclasses
 from seqeff.checks import check_types, require
 from seqeff.data import Data
 from seqeff.inference import Sampling
-from seqeff.models import LearnedPositions, TransformerConfig
+from seqeff.models import TransformerConfig
 from seqeff.paths import LocalPath
 from seqeff.training.checkpoints import Checkpoints
 from seqeff.training.guard import Guard
@@ -101,12 +101,10 @@ class Train:
             f"Train.accumulate = {self.accumulate} must divide Data.batch_size = "
             f"{self.data.batch_size}",
         )
-        positions = self.model.positions
+        name, limit = type(self.model.positions).__name__, self.model.positions.limit
         require(
-            not isinstance(positions, LearnedPositions)
-            or positions.length >= self.data.sequence_length,
-            f"LearnedPositions.length = {getattr(positions, 'length', None)} is below "
-            f"Data.sequence_length = {self.data.sequence_length}",
+            limit is None or limit >= self.data.sequence_length,
+            f"{name}.length = {limit} is below Data.sequence_length = {self.data.sequence_length}",
         )
         # a schedule that does not fit the steps says so
         self.schedule.make(1.0, self.steps)

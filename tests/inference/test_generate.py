@@ -19,6 +19,7 @@ from seqeff.inference import (
     generation_context,
 )
 from seqeff.models import SeparatorAttention
+from seqeff.models.flops import entries_of_tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -181,6 +182,10 @@ def test_a_long_prompt_is_continued_as_the_whole_pass_says(tiny, attention, monk
     # memory is that of a chunk, whatever the prompt
     assert rows == [512, 512, 320, 1, 1, 1, 1, 1]
     whole = [*prompt, *ids]
+    taken = jnp.asarray([whole[:-1]])
+    entries, _ = entries_of_tokens(config, taken, None)
+    assert (generator.use.tokens, generator.use.resident) == (taken.shape[1], 2 + 3 + 9)
+    assert generator.use.read == pytest.approx(float(entries.sum()))
     logits = _logits(model, np.asarray([whole], np.int32))[len(prompt) - 1 : -1]
     # each was the likeliest, as near as float32 tells
     chosen = np.take_along_axis(np.asarray(logits), np.asarray(ids)[:, None], 1)[:, 0]
@@ -213,7 +218,8 @@ def test_a_prompt_of_any_length_where_caches_do_not_grow(finished):
     result = seqeff(*command, *bounded, "--gin.SeparatorAttention.positions=compact")
     assert result.status == 0, result.errors
     assert result.output.startswith(prompt) and len(result.output) > len(prompt) + 1
-    assert not result.errors
+    assert "warning" not in result.errors
+    assert "a layer held 15 at most" in result.errors
     result = seqeff(*command, *bounded)
     assert result.status == 0, result.errors
     assert "warning: positions go up to" in result.errors
