@@ -16,9 +16,10 @@ _LEAST_DEVIATION = 0.01
 
 
 GuardState = dict[str, Array]
-"""`losses` and `gradient_norms` [window], float32: those of the last accepted steps, the oldest
-overwritten; `skips` [window], bool: which of the last steps were skipped; `accepted`, `skipped` and
-`in_a_row` (skipped since the last accepted step), int32."""
+"""`losses` and `gradient_norms` [window], float32: those of the last finite steps, none above the
+bound of its time, the oldest overwritten; `skips` [window], bool: which of the last steps were
+skipped; `finite`, `accepted`, `skipped` and `in_a_row` (skipped since the last accepted step),
+int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class Guard:
     """Which steps are skipped, and how many skipped ones end the run.
 
     A step is skipped when its loss or gradient norm is not finite, or exceeds the mean of the last
-    `window` accepted steps by more than `spike_factor` standard deviations. Spikes are looked for
-    once the window is full.
+    `window` finite steps by more than `spike_factor` standard deviations, its bound. Spikes are
+    looked for once the window is full. A value past its bound is remembered as that bound: a spike
+    leaves the next bounds near where they were, and what stays high is accepted after some steps.
 
     Attributes:
       spike_factor: None: only steps that are not finite are skipped.
@@ -57,6 +59,7 @@ class Guard:
             "losses": values,
             "gradient_norms": values,
             "skips": jnp.zeros(self.window, bool),
+            "finite": count,
             "accepted": count,
             "skipped": count,
             "in_a_row": count,
@@ -67,19 +70,25 @@ class Guard:
     ) -> tuple[Bool[Array, ""], GuardState]:
         """Whether to take the step, and the statistics with it; pure, for use inside `jit`."""
         seen = {"losses": loss, "gradient_norms": gradient_norm}
-        accept = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        accept = finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         if self.spike_factor is not None:
-            filling = state["accepted"] < self.window
-            for name, value in seen.items():
-                accept &= filling | ~_spikes(state[name], value, self.spike_factor)
-        slot = state["accepted"] % self.window
+            full = state["finite"] >= self.window
+            bounds = {
+                name: jnp.where(full, _bound(state[name], self.spike_factor), jnp.inf)
+                for name in seen
+            }
+            for name, bound in bounds.items():
+                accept &= seen[name] <= bound
+            seen = {name: jnp.minimum(value, bounds[name]) for name, value in seen.items()}
+        slot = state["finite"] % self.window
         values = {
-            name: state[name].at[slot].set(jnp.where(accept, value, state[name][slot]))
+            name: state[name].at[slot].set(jnp.where(finite, value, state[name][slot]))
             for name, value in seen.items()
         }
         steps = state["accepted"] + state["skipped"]
         return accept, values | {
             "skips": state["skips"].at[steps % self.window].set(~accept),
+            "finite": state["finite"] + finite,
             "accepted": state["accepted"] + accept,
             "skipped": state["skipped"] + ~accept,
             "in_a_row": jnp.where(accept, 0, state["in_a_row"] + 1),
@@ -117,7 +126,6 @@ class Guard:
         )
 
 
-def _spikes(values: jax.Array, value: jax.Array, factor: float) -> jax.Array:
+def _bound(values: jax.Array, factor: float) -> jax.Array:
     mean = jnp.mean(values)
-    deviation = jnp.maximum(jnp.std(values), _LEAST_DEVIATION * jnp.abs(mean))
-    return value > mean + factor * deviation
+    return mean + factor * jnp.maximum(jnp.std(values), _LEAST_DEVIATION * jnp.abs(mean))

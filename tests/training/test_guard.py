@@ -24,8 +24,10 @@ def naive(guard: Guard, losses: list[float]) -> list[bool]:
         if accept and len(kept) >= guard.window and guard.spike_factor is not None:
             last = kept[-guard.window :]
             deviation = max(np.std(last), 0.01 * abs(np.mean(last)))
-            accept = loss <= np.mean(last) + guard.spike_factor * deviation
-        if accept:
+            bound = np.mean(last) + guard.spike_factor * deviation
+            accept = loss <= bound
+            loss = min(loss, bound)
+        if np.isfinite(loss):
             kept.append(loss)
         decisions.append(bool(accept))
     return decisions
@@ -50,6 +52,24 @@ def test_a_gradient_spike_is_skipped() -> None:
     accepted, state = run(Guard(window=4), [2.0] * 8, norms)
     assert accepted == [True] * 4 + [False, True, False, False]
     assert state["in_a_row"] == 2
+
+
+def test_what_stays_high_is_accepted() -> None:
+    """Skipping changes no parameter: what follows a lasting change must not be skipped for ever."""
+    generator = np.random.default_rng(0)
+    before, after = 0.35 + 0.05 * generator.normal(size=128), 1 + 0.05 * generator.normal(size=200)
+    losses = list(4 + 0.05 * generator.normal(size=328))
+    accepted, _ = run(Guard(), losses, [*before, *after])
+    assert all(accepted[:128])
+    skipped = accepted[128:].index(True)
+    assert 1 <= skipped <= 8
+    assert all(accepted[128 + skipped :])
+
+
+def test_a_spike_leaves_the_bound_near() -> None:
+    values = [2.0, 2.1, 1.9, 2.0] * 32
+    accepted, _ = run(Guard(), [*values, 1e4, *values[:8], 4.0])
+    assert accepted == [True] * 128 + [False] + [True] * 8 + [False]
 
 
 def test_a_fall_is_no_spike() -> None:
