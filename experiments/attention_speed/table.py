@@ -24,14 +24,14 @@ def attention_table(report: dict[str, Any]) -> str:
         f"On {_origin(report)}:",
         "",
         "| shape | window | implementation | forward, ms | × cuDNN | × flex | TFLOP/s needed | "
-        "forward and backward, ms | × cuDNN | × flex | TFLOP/s needed | executed / needed | "
-        "deterministic |",
-        f"|{'---|' * 13}",
+        "forward and backward, ms | × cuDNN | × flex | TFLOP/s needed | gather, ms | indices, ms | "
+        "executed / needed | deterministic |",
+        f"|{'---|' * 15}",
     ]
     for row in report["results"]:
         cells = [row["shape"], str(row["window"] or "dense"), _label(row)]
         if "error" in row:
-            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} |{' |' * 9}")
+            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} |{' |' * 11}")
             continue
         for key in ("forward", "forward_and_backward"):
             found = row[key]
@@ -39,6 +39,8 @@ def attention_table(report: dict[str, Any]) -> str:
             cells.append(f"{found['milliseconds']:.3f}")
             cells += ["" if speedup is None else f"{speedup:.2f}" for speedup in speedups]
             cells.append(f"{found['tflops_per_second']:.0f}")
+        for key in ("gather_milliseconds", "index_milliseconds"):
+            cells.append("" if row.get(key) is None else f"{row[key]:.3f}")
         executed, needed = row["executed_forward_flops"], row["needed_forward_flops"]
         waste = "" if executed is None else f"{executed / needed:.2f}"
         cells += [waste, _MODES[row["deterministic"]]]

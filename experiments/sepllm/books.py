@@ -11,7 +11,7 @@ _LONGEST, _WIDTH = 80, 72
 
 
 def wrapped(text: str) -> str:
-    """The text with `\\n` alone for line ends, and no line of words longer than 80 characters."""
+    """The text with line feeds alone for line ends, and lines of words of at most 80 characters."""
     lines = []
     for line in text.replace("\r\n", "\n").split("\n"):
         short = len(line) <= _LONGEST

@@ -101,7 +101,8 @@ def test_walks_are_what_the_triton_kernels_read(call):
             visits, size = triton._entry_visits(source, walk.tile_rows), walk.tile_entries
         else:
             entries = sources[walk.source].entries
-            visits, size = triton._row_visits(source, entries, walk.tile_entries), walk.tile_rows
+            visits = triton._row_visits(source, entries, walk.tile_rows, walk.tile_entries)
+            size = walk.tile_rows
         first, last = np.asarray(visits[..., 0]), np.asarray(visits[..., 3])
         # of a tile of entries that no row attends, the kernel does one tile more, or returns
         tiles = count(np.where(first < last, -(-(last - first // size * size) // size), 0))

@@ -48,15 +48,23 @@ SHAPES = {
     "wide-2k": Shape(batch=16, length=2048, heads=16, kv_heads=16, head_dim=128),
     "wide-8k": Shape(batch=4, length=8192, heads=16, kv_heads=16, head_dim=128),
     "wide-32k": Shape(batch=1, length=32768, heads=16, kv_heads=16, head_dim=128),
-    # a fifth of the tokens are separators
-    "wide-4k-dense": Shape(batch=8, length=4096, heads=16, kv_heads=16, head_dim=128, density=0.2),
-    "pythia-160m-4k-dense": Shape(
-        batch=8, length=4096, heads=12, kv_heads=12, head_dim=64, density=0.2
-    ),
-    "grouped-4k-dense": Shape(
-        batch=8, length=4096, heads=32, kv_heads=8, head_dim=128, density=0.2
-    ),
+    "pythia-160m-128k": Shape(batch=1, length=131072, heads=12, kv_heads=12, head_dim=64),
+    "grouped-128k": Shape(batch=1, length=131072, heads=32, kv_heads=8, head_dim=128),
     "wide-128k": Shape(batch=1, length=131072, heads=16, kv_heads=16, head_dim=128),
+    # a fifth of the tokens are separators, with every head size
+    **{
+        f"{name}-4k-fifth": Shape(
+            batch=8, length=4096, heads=heads, kv_heads=kv_heads, head_dim=head_dim, density=0.2
+        )
+        for name, heads, kv_heads, head_dim in (
+            ("wide", 16, 16, 128),
+            ("pythia-160m", 12, 12, 64),
+            ("grouped", 32, 8, 128),
+            ("head-80", 16, 16, 80),
+            ("head-96", 16, 16, 96),
+            ("head-256", 8, 8, 256),
+        )
+    },
 }
 
 

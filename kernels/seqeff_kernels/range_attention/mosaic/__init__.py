@@ -2,8 +2,9 @@
 
 A program has compute workers (warpgroups), each with its own block of rows (or of entries, for
 the gradients of keys and values), and one worker that copies the tiles they share into a ring of
-stages in shared memory. Which tiles a block visits, and which of them need a mask, is read from
-a table that XLA makes from the bounds. Every sum is taken in one order: results are deterministic.
+stages in shared memory. Which tiles a block of rows visits, and which of them need a mask, follows
+from its first and last rows' bounds; for blocks of entries XLA counts it, four numbers each. Every
+sum is taken in one order: results are deterministic.
 """
 
 from __future__ import annotations

@@ -272,7 +272,7 @@ def _entries_gradients(
 ) -> tuple[Array, Array]:
     """Gradients of a source's entries; `rows` are output gradient, logsumexp and delta."""
     batch, entries, kv_heads, head_dim = source.keys.shape
-    visits = _row_visits(source, entries, tiles.entries)
+    visits = _row_visits(source, entries, tiles.rows, tiles.entries)
     like_entries = jax.ShapeDtypeStruct(source.keys.shape, source.keys.dtype)
     keys, values = gpu.triton_call(
         _kernel("entries_gradient"),
@@ -326,18 +326,26 @@ def _entry_visits(
 
 
 def _row_visits(
-    source: ListedSource, entries: int, tile_entries: int
+    source: ListedSource, entries: int, tile_rows: int, tile_entries: int
 ) -> Int[Array, "batch_or_1 kv_heads_or_1 entry_tiles 4"]:
     """The rows that touch each tile of entries, and inside them those that attend all of it.
 
-    First, first of those, after the last of those, after the last; by counting, as bounds never
-    decrease.
+    First, first of those, after the last of those, after the last, of whole tiles of rows.
     """
     first = jnp.arange(0, entries, tile_entries)[:, None]
     last = jnp.minimum(first + tile_entries, entries)
     start, end = source.start[..., None, :], source.end[..., None, :]
-    masks = (end <= first, end < last, start <= first, start < last)
-    return jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], -1)
+    # bounds never decrease: of a tile of rows, the first has the lowest and the last the highest
+    missing = -end.shape[-1] % tile_rows
+    highest_end = jnp.pad(end, ((0, 0), (0, 0), (0, 0), (0, missing)), mode="edge")
+    masks = (
+        highest_end[..., tile_rows - 1 :: tile_rows] <= first,
+        end[..., ::tile_rows] < last,
+        # a tile that is cut off by the last row needs a mask
+        start[..., tile_rows - 1 :: tile_rows] <= first,
+        start[..., ::tile_rows] < last,
+    )
+    return tile_rows * jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], -1)
 
 
 def _pointers(queries: Array, sources: Sequence[ListedSource], tile_rows: int) -> list[Array]:
