@@ -25,17 +25,18 @@ def gpu(monkeypatch):
     def compile_loop(function, sets, iterations):
         assert iterations > 1
         jax.eval_shape(function, *sets[0])
-        return getattr(function, "__name__", "")
+        # the first warms up
+        return getattr(function, "__name__", ""), iter((9.0, 1.5, 1.0, 0.5, 1.2, 0.8))
 
-    def loop_times(loop, *_):
-        milliseconds = {"forward": 2.0, "both": 8.0}.get(loop, 0.6)
-        return [1e-3 * milliseconds * factor for factor in (1.5, 1.0, 0.5)]
+    def loop_time(loop, *_):
+        name, factors = loop
+        return 1e-3 * {"forward": 2.0, "both": 8.0}.get(name, 0.6) * next(factors)
 
     def portable(queries, keys, values, *_):
         return jax.nn.dot_product_attention(queries, keys, values)
 
     monkeypatch.setattr(programs, "compile_loop", compile_loop)
-    monkeypatch.setattr(programs, "loop_times", loop_times)
+    monkeypatch.setattr(programs, "loop_time", loop_time)
     monkeypatch.setattr(decode, "device_times", lambda *_: [1e-3])
     monkeypatch.setattr(attention, "_cudnn", portable)
     monkeypatch.setattr(attention, "_ROTATED_BYTES", 1)
@@ -105,7 +106,7 @@ def test_attention_rows(gpu, tmp_path):
         "milliseconds": 2.0,
         "fastest_milliseconds": 1.0,
         "slowest_milliseconds": 3.0,
-        "repeats": 3,
+        "repeats": 5,
         "speedup": 1.0,
         "speedup_over_flex": None,
         "tflops_per_second": round(dense["needed_forward_flops"] / 2e-3 / 1e12, 1),
@@ -147,7 +148,7 @@ def test_an_implementation_that_fails_is_a_row(gpu, monkeypatch):
 
 def test_nothing_compiles_while_something_is_timed(gpu, monkeypatch):
     compiled, timed = [], []
-    compile_loop, loop_times = programs.compile_loop, programs.loop_times
+    compile_loop, loop_time = programs.compile_loop, programs.loop_time
 
     def slow(function, *given):
         time.sleep(0.05 if getattr(function, "__name__", "") == "both" else 0)
@@ -156,15 +157,34 @@ def test_nothing_compiles_while_something_is_timed(gpu, monkeypatch):
 
     def watched(*given):
         timed.append(len(compiled))
-        return loop_times(*given)
+        return loop_time(*given)
 
     monkeypatch.setattr(programs, "compile_loop", slow)
-    monkeypatch.setattr(programs, "loop_times", watched)
+    monkeypatch.setattr(programs, "loop_time", watched)
     monkeypatch.setattr(attention, "explain", lambda *_: {"xla": "available"})
     rows = list(attention.benchmark_attention(["odd"], [7, 63], backends=["auto"]))
     assert not any("error" in row for row in rows)
     # two passes of the three; and of each window, the indices and the gather
-    assert timed == [2 * 3 + 2 * 2] * 10
+    assert timed == [2 * 3 + 2 * 2] * 10 * 6
+
+
+def test_programs_take_turns(monkeypatch):
+    ran = []
+
+    def loop_time(loop, *_):
+        ran.append(loop)
+        if len(ran) == 8:
+            raise RuntimeError("out of memory")
+        return float(len(ran))
+
+    monkeypatch.setattr(programs, "compile_loop", lambda function, *_: function)
+    monkeypatch.setattr(programs, "loop_time", loop_time)
+    one, other = (programs.Program(name, [()], 2) for name in ("one", "other"))
+    programs.time_all([one, other, one])
+    assert ran == ["one", "other"] * 4 + ["one"] * 2
+    assert one.times == [3, 5, 7, 9, 10]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        assert other.times
 
 
 def test_plans_are_told(gpu, monkeypatch):

@@ -92,11 +92,12 @@ def loop_times(
     repeats: int = 5,
 ) -> list[float]:
     """Seconds of one call in a loop of `compile_loop`, once for every repeat after a warm-up."""
+    return [loop_time(loop, sets, iterations) for _ in range(repeats + 1)][1:]
+
+
+def loop_time(loop: jax.stages.Compiled, sets: Sequence[tuple[Any, ...]], iterations: int) -> float:
+    """Seconds of one call in a loop of `compile_loop`."""
     sets = list(sets)
+    begin = time.perf_counter()
     jax.block_until_ready(loop(sets))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(loop(sets))
-        times.append((time.perf_counter() - begin) / (iterations * len(sets)))
-    return times
+    return (time.perf_counter() - begin) / (iterations * len(sets))

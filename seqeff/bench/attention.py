@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from seqeff.bench import torch_attention
-from seqeff.bench.programs import Program, compile_all, iterations_for
+from seqeff.bench.programs import Program, iterations_for, time_all
 from seqeff.bench.report import attempt, chosen_shapes, label
 from seqeff_kernels.range_attention import (
     Backend,
@@ -67,7 +67,7 @@ def benchmark_attention(
     tokens (alone: `gather_milliseconds`), its transpose, and a twelfth of `index_milliseconds`. An
     implementation that fails has `error` instead.
 
-    All programs of a shape are compiled before the first of them runs.
+    All programs of a shape are compiled before the first of them runs, and then run in turn.
 
     Args:
       names: of `seqeff_kernels.range_attention.shapes.SHAPES`; none: the wide ones.
@@ -103,7 +103,7 @@ def _benchmark_shape(
                 calls.append(
                     _Call(backend, window, attend, sets, sources, served, needed[window], packing)
                 )
-    compile_all(program for call in calls for program in call.programs)
+    time_all(program for call in calls for program in call.programs)
 
     dense = attempt(baseline.measure)
     for call in calls:

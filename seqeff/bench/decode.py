@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from seqeff.bench.programs import Program, compile_all, iterations_for
+from seqeff.bench.programs import Program, iterations_for, time_all
 from seqeff.bench.report import attempt, chosen_shapes, label
 from seqeff_kernels.decode_attention import (
     Backend,
@@ -80,7 +80,7 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
     `backend` that served and the fields of its `plan`, the median, fastest and slowest
     `microseconds` over the repeats, `bytes_per_second` and its `share` of `reference`; or `error`.
     Caches are full, and rotated so that none stays in L2. All programs of a shape are compiled
-    before the first of them runs.
+    before the first of them runs, and then run in turn.
 
     Args:
       names: of `seqeff_kernels.decode_attention.shapes.SHAPES`; none: the six of the README.
@@ -97,7 +97,7 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
             (implementation, facts, Program(attend, sets, iterations))
             for implementation, facts, attend in _implementations(shape, sets[0])
         ]
-        compile_all(program for *_, program in programs)
+        time_all(program for *_, program in programs)
         for implementation, facts, program in programs:
             found = attempt(_measure, program, size, reference)
             yield {

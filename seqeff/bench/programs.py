@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 
-from seqeff_kernels.timing import compile_loop, loop_times
+from seqeff_kernels.timing import compile_loop, loop_time
 
 # at a time: XLA compiles outside of Python's lock
 _COMPILING = 16
+_REPEATS = 5
 
 
 class Program:
-    """Calls of a function on sets of arguments in turn; `compile_all` comes before `times`."""
+    """Calls of a function on sets of arguments in turn; `time_all` comes before `times`."""
 
     def __init__(
         self, function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], iterations: int
     ) -> None:
         self.function, self.sets, self.iterations = function, sets, iterations
         self.loop: Future[jax.stages.Compiled] = Future()
+        self._times: list[float] = []
+        self._error: Exception | None = None
 
-    @functools.cached_property
+    @property
     def times(self) -> list[float]:
-        """Seconds of one call, once for every repeat; raises what compiling raised."""
-        return loop_times(self.loop.result(timeout=0), self.sets, self.iterations)
+        """Seconds of one call, once for every repeat; raises what compiling or a run raised."""
+        if self._error is not None:
+            raise self._error
+        return self._times[1:]
+
+    def run(self) -> None:
+        """Once more, unless it has failed; the first run warms up."""
+        if self._error is not None:
+            return
+        try:
+            loop = self.loop.result(timeout=0)
+            self._times.append(loop_time(loop, self.sets, self.iterations))
+        except Exception as error:  # one implementation must not end a benchmark
+            self._error = error
 
 
-def compile_all(programs: Iterable[Program]) -> None:
-    """Returns when every program is compiled, or has failed to be."""
+def time_all(programs: Iterable[Program]) -> None:
+    """Compiles all programs, and then runs them in turn: a clock that falls, falls for them all."""
+    programs = list(dict.fromkeys(programs))
     with ThreadPoolExecutor(_COMPILING) as pool:
-        for program in dict.fromkeys(programs):
+        for program in programs:
             program.loop = pool.submit(
                 compile_loop, program.function, program.sets, program.iterations
             )
+    for _ in range(1 + _REPEATS):
+        for program in programs:
+            program.run()
 
 
 def iterations_for(seconds: float, calls: int, *, of_call: float) -> int:
