@@ -110,23 +110,34 @@ def compare(
 
 def warning(config: TransformerConfig, longest: int, length: int) -> str:
     """What to fear of a text of `longest` tokens after training on `length`; "" if nothing."""
-    far = any(
-        isinstance(attention, SeparatorAttention)
-        and attention.positions == "absolute"
-        and (attention.initial_tokens or attention.might_keep)
-        for attention in config.attentions()
-    )
-    if longest <= length or not far or not isinstance(config.positions, Rotary):
+    attentions = [a for a in config.attentions() if isinstance(a, SeparatorAttention)]
+    farthest = max((_farthest(attention, longest) for attention in attentions), default=0)
+    if farthest <= length or not isinstance(config.positions, Rotary):
         return ""
     if not config.positions.by_place:
         return (
             f"warning: texts go up to {longest:,} tokens, in training up to {length:,}, past whose "
             "number of segments perplexity rises"
         )
+    trained = f"in training up to {length:,}, past which perplexity rises to hundreds"
+    if farthest < longest:
+        return f"warning: distances go up to {farthest:,}, {trained}; keep fewer entries"
     return (
-        f"warning: positions go up to {longest:,}, in training up to {length:,}, past which "
-        "perplexity rises to hundreds; --gin.SeparatorAttention.positions=compact keeps them near"
+        f"warning: positions go up to {longest:,}, {trained}; "
+        "--gin.SeparatorAttention.positions=compact keeps them near"
     )
+
+
+def _farthest(attention: SeparatorAttention, longest: int) -> int:
+    """The largest distance to what is attended, as far as it is known."""
+    if not attention.initial_tokens and not attention.might_keep:
+        return 0
+    if attention.positions == "absolute":
+        return longest
+    entries = attention.cache_entries or (
+        attention.initial_tokens + (attention.separators or 0) + attention.window
+    )
+    return min(entries, longest)
 
 
 def line(method: str, result: StreamResult) -> str:

@@ -247,6 +247,9 @@ def test_positions_past_training_are_warned_of():
     assert "positions go up to 40, in training up to 32" in warning(absolute, 40, 32)
     assert not warning(absolute, 40, 40)
     assert not warning(CONFIG, 40, 32)
+    assert not warning(CONFIG, 40, 10)
+    assert "distances go up to 10, in training up to 9, past" in warning(CONFIG, 40, 9)
+    assert "distances go up to 14" in warning(with_attention(cache_entries=14), 40, 9)
     segments = dataclasses.replace(absolute, positions=BilevelPositions(separator_ids=(3,)))
     assert "texts go up to 40 tokens, in training up to 32" in warning(segments, 40, 32)
     learned = dataclasses.replace(absolute, positions=LearnedPositions(length=64))
@@ -288,6 +291,11 @@ def test_the_command(finished, tiny, tmp_path):
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {
         f"{name.replace(', ', '-')}.safetensors" for name in streams
     }
+    # the streams are kept whole: their times too are those of the first run
+    assert seqeff(*command, *options).status == 0
+    streamed = [row for row in report["results"] if row["method"] in streams]
+    again = json.loads(file.read_text())["results"]
+    assert [row for row in again if row["method"] in streams] == streamed
 
 
 def test_texts_are_read_as_training_reads_them(finished, tmp_path):

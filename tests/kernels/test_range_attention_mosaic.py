@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -66,12 +67,13 @@ def two_documents():
     return queries, separator_sources(near.keys, near.values, chosen, 30, start)
 
 
-def random_bounds():
+def random_bounds(batch=2, length=128):
     queries, keys, values, _ = tokens(
-        Shape(batch=2, length=128, heads=2, kv_heads=2, head_dim=64), dtype=jnp.bfloat16
+        Shape(batch=batch, length=length, heads=2, kv_heads=2, head_dim=64), dtype=jnp.bfloat16
     )
-    bounds = np.sort(np.random.default_rng(0).integers(0, 150, (2, 2, 2, 128)), axis=-1)
-    start, end = jnp.asarray(np.minimum(bounds, 128), jnp.int32)
+    most = 150 * length // 128
+    bounds = np.sort(np.random.default_rng(0).integers(0, most, (2, batch, 2, length)), axis=-1)
+    start, end = jnp.asarray(np.minimum(bounds, length), jnp.int32)
     own = queries[:, ::-1]
 
     def earlier(bound, steps):
@@ -95,6 +97,11 @@ TILES = {"two workers": mosaic.Tiles(), "three": mosaic.Tiles(workers=3, block_e
 @needs_mosaic
 def test_interpreted_kernels_equal_the_reference(plain_products):
     check(separators(75, 1, 1, 20), mosaic.Tiles(block_entries=64))
+
+
+@needs_mosaic
+def test_interpreted_kernels_take_own_queries_and_bounds_of_each_head(plain_products):
+    check(random_bounds(1, 70), mosaic.Tiles(block_entries=64))
 
 
 @needs_mosaic
@@ -178,11 +185,16 @@ def check(case, tiles):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("head_dim", mosaic.HEAD_DIMS)
-@pytest.mark.parametrize("distinct", [1, 2, 3])
-def test_forward_and_backward_lower_for_hopper(distinct, head_dim):
-    array = jax.ShapeDtypeStruct((2, 1000, 4, head_dim), jnp.bfloat16)
-    entry = jax.ShapeDtypeStruct((2, 1000, 2, head_dim), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("distinct", "head_dim", "dtype"),
+    [
+        *itertools.product((1, 2, 3), mosaic.HEAD_DIMS, [jnp.bfloat16]),
+        (2, 64, jnp.float16),
+    ],
+)
+def test_forward_and_backward_lower_for_hopper(distinct, head_dim, dtype):
+    array = jax.ShapeDtypeStruct((2, 1000, 4, head_dim), dtype)
+    entry = jax.ShapeDtypeStruct((2, 1000, 2, head_dim), dtype)
     bound = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
 
     def loss(queries, keys, values, start, end):

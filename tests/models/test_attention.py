@@ -230,6 +230,27 @@ def test_share_of_dense_attention_is_that_of_the_paper(density, window, dense_la
     assert 100 * entries / (12 * (length + 1) / 2) == pytest.approx(percent, abs=0.02)
 
 
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_a_bound_makes_the_cost_linear(positions):
+    tokens = random_tokens(1, 4096)
+
+    def entries(separators, length):
+        attention = SeparatorAttention(
+            window=16,
+            initial_tokens=3,
+            separators=separators,
+            separator_ids=(1, 2),
+            positions=positions,
+        )
+        config = small_config(layers=1, attention=attention)
+        return attended_entries(config, tokens[:, :length], None)
+
+    # all but the first tokens have the same number of entries
+    assert 2 * 2048 * entries(8, 2048) == pytest.approx(4096 * entries(8, 4096), rel=0.02)
+    assert entries(8, 4096) == pytest.approx(3 + 8 + 16, rel=0.02)
+    assert entries(None, 4096) > 1.8 * entries(None, 2048)
+
+
 def test_all_of_them_are_attentions():
     assert all(isinstance(attention, Attention) for attention in ATTENTIONS.values())
     assert not isinstance(small_config(), Attention)
