@@ -155,6 +155,7 @@ def test_decoding_equals_the_published_code(positions, entries, most):
         (layers,) = cache.layers
         np.testing.assert_array_equal(layers.kind.resident(layers.state), held)
     np.testing.assert_array_equal(cache.length, LENGTH)
+    assert layers.arrays[0].keys.shape[1] % 8 == 0
 
 
 def test_the_compared_rows_evict_often():

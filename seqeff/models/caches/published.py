@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.attend import attend_blocks
-from seqeff.models.caches.protocol import Sizes, put
+from seqeff.models.caches.protocol import Sizes, aligned, put
 from seqeff.models.caches.whole import KeysValues
 from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
@@ -24,13 +24,11 @@ class PublishedState(NamedTuple):
     Attributes:
       length: tokens so far.
       filled: entries.
-      separators_end: where the past window begins.
       separates: which entries are separators.
     """
 
     length: Int[Array, " batch"]
     filled: Int[Array, " batch"]
-    separators_end: Int[Array, " batch"]
     separates: Bool[Array, "batch slots"]
 
 
@@ -70,11 +68,9 @@ class PublishedCache:
     grows: bool = False
 
     def empty(self, sizes: Sizes) -> tuple[PublishedState, KeysValues]:
-        slots = self.entries_limit + 1
+        slots = aligned(self.entries_limit + 1)
         length, filled = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
-        begin = jnp.full(sizes.batch, self.initial, jnp.int32)
-        separates = jnp.zeros((sizes.batch, slots), bool)
-        state = PublishedState(length, filled, begin, separates)
+        state = PublishedState(length, filled, jnp.zeros((sizes.batch, slots), bool))
         return state, KeysValues.empty(sizes, slots)
 
     def begin(
@@ -91,19 +87,17 @@ class PublishedCache:
         filled = state.filled + real
         entry = jnp.arange(separates.shape[1])
         past_end = (filled - self.local)[:, None]
-        of_separators = (entry >= self.initial) & (entry < state.separators_end[:, None])
-        past = (entry >= state.separators_end[:, None]) & (entry < past_end)
-        kept = of_separators | (past & separates)
+        # all that their block holds, and those of the past window
+        kept = separates & (entry >= self.initial) & (entry < past_end)
         newest = jnp.cumsum(kept[:, ::-1], axis=1)[:, ::-1] <= self.separators
         kept &= newest
         local = (entry >= past_end) & (entry < filled[:, None])
         moves = pack((entry < self.initial) | kept | local).indices
         evicts = filled > self.entries_limit
-        separators_end = self.initial + kept.sum(1, dtype=jnp.int32)
+        left = self.initial + kept.sum(1, dtype=jnp.int32) + self.local
         after = PublishedState(
             length=state.length + real,
-            filled=jnp.where(evicts, separators_end + self.local, filled),
-            separators_end=jnp.where(evicts, separators_end, state.separators_end),
+            filled=jnp.where(evicts, left, filled),
             separates=jnp.where(
                 evicts[:, None], jnp.take_along_axis(separates, moves, axis=1), separates
             ),
