@@ -28,6 +28,7 @@ from seqeff.models import (
     empty_cache,
 )
 from seqeff.models.caches import PublishedCache, kind_of
+from seqeff.models.flops import entries_of_cache
 
 BATCH, LENGTH = 3, 63
 TOKENS = random_tokens(BATCH, LENGTH)
@@ -85,7 +86,7 @@ def naive_decode(attention):
 
     for index, tokens in enumerate(SPREAD.T):
         for entries, token in zip(lists, tokens, strict=True):
-            entries.append(Entry(index, token in SEPARATORS, [], []))
+            entries.append(Entry(index, token in attention.separator_ids, [], []))
         x = model.embedding[...][tokens][:, None]
         for layer in model.layers:
             x = layer(x, attend, None)
@@ -119,7 +120,7 @@ def naive_eviction(attention, entries, past_start):
     initial, local = attention.initial_tokens, len(entries) - attention.window
     separators = entries[initial:past_start]
     separators += [entry for entry in entries[past_start:local] if entry.separates]
-    separators = separators[-attention.separators :]
+    separators = separators[-(attention.separators or 1) :]
     kept = entries[:initial] + separators + entries[local:]
     return kept, initial + len(separators)
 
@@ -132,26 +133,39 @@ def rotated(heads, place):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
+SIZES = {
+    "some room": {},
+    "no room": {"cache_entries": 11},
+    "no initial tokens": {"initial_tokens": 0, "window": 1, "cache_entries": 7},
+    "no separators": {"separators": None, "separator_ids": (), "cache_entries": 10},
+}
+
+
 @pytest.mark.parametrize("most", [1, 20], ids=["tokens", "chunks"])
-@pytest.mark.parametrize("entries", [11, 16], ids=["least", "more"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("positions", ["compact", "absolute"])
-def test_decoding_equals_the_published_code(positions, entries, most):
+def test_decoding_equals_the_published_code(positions, sizes, most):
     """Rows evict at moments of their own, and are passed over now and then."""
-    attention = dataclasses.replace(PUBLISHED, positions=positions, cache_entries=entries)
-    expected, sizes = naive_decode(attention)
+    attention = dataclasses.replace(PUBLISHED, positions=positions, **sizes)
+    expected, entries = naive_decode(attention)
     config = small_config(attention=attention)
     step, cache = extending(config, random_model(config)[1]), empty_cache(config, BATCH, LENGTH)
+    count_entries = quick_jit(functools.partial(entries_of_cache, config))
     random, at = np.random.default_rng(0), np.zeros(BATCH, int)
     while np.any(at < LENGTH):
         drawn = np.minimum(random.integers(0, most + 2, BATCH), most)
         count = np.minimum(drawn, LENGTH - at).astype(np.int32)
         part = np.stack([np.roll(SPREAD[row], -first)[:most] for row, first in enumerate(at)])
+        read, most_held = count_entries(cache, part, count)
         output, cache = step(part, cache, count)
         for row in np.flatnonzero(count):
             own = slice(at[row], at[row] + count[row])
             close(output[row, : count[row]], expected[row, own])
+            before = np.concatenate([[0], entries[row]])[own]
+            np.testing.assert_array_equal(read[row, : count[row]], before + 1)
+            assert most_held[row] == entries[row, own].max()
         at += count
-        held = [sizes[row, end - 1] if end else 0 for row, end in enumerate(at)]
+        held = [entries[row, end - 1] if end else 0 for row, end in enumerate(at)]
         (layers,) = cache.layers
         np.testing.assert_array_equal(layers.kind.resident(layers.state), held)
     np.testing.assert_array_equal(cache.length, LENGTH)
