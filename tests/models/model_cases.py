@@ -115,6 +115,12 @@ def masked_attention(queries: Any, keys: Any, values: Any, mask: Any) -> jax.Arr
     return jnp.einsum("bhij,bjhd->bihd", weights, values, precision="highest")
 
 
+def close(actual: np.ndarray, expected: np.ndarray) -> None:
+    """The caches' own bound of 1e-5, of the largest entry."""
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
+
+
 def small_config(**changes: Any) -> TransformerConfig:
     """Two float32 layers of 32 with 4 query and 2 key heads of 8."""
     defaults = {

@@ -1,9 +1,7 @@
 """Decoding with caches equals the whole rows, row by row, whatever the chunks."""
 
-import dataclasses
 import functools
 import itertools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from model_cases import (
     ATTENTIONS,
     SEPARATORS,
+    close,
     extending,
     hidden,
     naive_mask,
@@ -26,7 +25,6 @@ from model_cases import (
 from seqeff.checks import ConfigError
 from seqeff.models import (
     CachedTransformer,
-    DenseAttention,
     LearnedPositions,
     SeparatorAttention,
     cached_parameters,
@@ -35,7 +33,6 @@ from seqeff.models import (
 )
 from seqeff.models.caches import (
     BlockCache,
-    PublishedCache,
     TokenCache,
     WholeCache,
     kind_of,
@@ -93,12 +90,6 @@ def run(name, chunks, tokens=TOKENS, cache=None):
         outputs.append(np.asarray(output))
         first += rows
     return np.concatenate(outputs, axis=1), cache
-
-
-def close(actual, expected):
-    """The caches' own bound of 1e-5, of the largest entry."""
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -250,183 +241,6 @@ def test_positions_in_segments_go_on(name):
         output, cache = step(TOKENS[:, first:end], cache)
         outputs.append(output)
     close(np.concatenate(outputs, axis=1), expected)
-
-
-PUBLISHED = SeparatorAttention(
-    window=6,
-    initial_tokens=2,
-    separators=3,
-    separator_ids=SEPARATORS,
-    positions="compact",
-    cache_entries=16,
-)
-
-
-class Used(NamedTuple):
-    read: Any
-    resident: Any
-
-
-def published(attention, tokens, **changes):
-    """Outputs, entries read by and resident after each token, and the model's parameters."""
-    config = small_config(attention=attention, **changes)
-    _, parameters = random_model(config)
-    made = CachedTransformer.of(config, cached_parameters(config, parameters))
-
-    @quick_jit
-    def scan(tokens):
-        def step(cache, token):
-            (layers,) = cache.layers
-            used = layers.entries(token[:, None], jnp.ones(len(token), jnp.int32))
-            output, cache = made.extend(token[:, None], cache)
-            return cache, (output[:, 0], Used(used[0][:, 0], used[1]))
-
-        return jax.lax.scan(step, empty_cache(config, *tokens.shape), tokens.T)[1]
-
-    outputs, entries = scan(tokens)
-    return np.swapaxes(outputs, 0, 1), entries, parameters
-
-
-def test_the_published_cache_without_limit_is_dense():
-    for positions in ("absolute", "compact"):
-        attention = dataclasses.replace(PUBLISHED, cache_entries=LENGTH, positions=positions)
-        assert isinstance(kind_of(attention), PublishedCache)
-        outputs, entries, parameters = published(attention, TOKENS)
-        graph, _ = random_model(small_config(attention=DenseAttention()))
-        close(outputs, np.asarray(hidden(graph, parameters, TOKENS)))
-        np.testing.assert_array_equal(entries.read[:, 0], np.arange(1, LENGTH + 1))
-
-
-def test_the_published_cache_without_separators_is_streamingllm():
-    """With initial + window = entries, a token attends one more than stays: a window of n + 1."""
-    for positions in ("absolute", "compact"):
-        attention = dataclasses.replace(
-            PUBLISHED, separators=None, separator_ids=(), cache_entries=8, positions=positions
-        )
-        outputs, _, parameters = published(attention, TOKENS, layers=1)
-        streaming = SeparatorAttention(
-            window=7, initial_tokens=2, separator_ids=(), positions=positions
-        )
-        graph, _ = random_model(small_config(attention=streaming, layers=1))
-        close(outputs, np.asarray(hidden(graph, parameters, TOKENS)))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "mean"),
-    [
-        ((4, 64, 256, 800), 562),
-        ((4, 32, 224, 324), 292),
-        ((4, 64, 224, 324), 308),
-        ((4, 64, 512, 800), 690),
-        ((4, 64, 720, 1024), 906),
-    ],
-)
-def test_the_entries_of_the_published_cache_average_what_the_paper_says(sizes, mean):
-    """Equation 4, in the steady state: resident after eviction; a step reads one more."""
-    initial, separators, local, limit = sizes
-    kind = PublishedCache(local, initial, separators, limit, _EveryFifth())
-
-    @jax.jit
-    def count():
-        state, _ = kind.empty(_Sizes)
-
-        def step(state, _):
-            token = jnp.zeros((1, 1), jnp.int32)
-            begun, state = kind.begin(state, token, jnp.ones(1, jnp.int32))
-            return state, (kind.read(begun, 1)[:, 0], kind.resident(state))
-
-        return jax.lax.scan(step, state, length=20_000)[1]
-
-    read, resident = (np.asarray(x)[:, 0] for x in count())
-    steady = resident[4_000:]
-    # whole periods of the saw-tooth
-    lowest = np.flatnonzero(steady == steady.min())
-    steady = steady[lowest[0] : lowest[-1]]
-    assert steady.mean() == mean
-    assert resident.max() == limit
-    assert read.max() == limit + 1
-    np.testing.assert_array_equal(read[1:], resident[:-1] + 1)
-
-
-class _EveryFifth:
-    def are_separators(self, tokens, index):
-        return index % 5 == 0
-
-
-class _Sizes:
-    batch, capacity, kv_heads, head_dim, dtype = 1, 1, 1, 1, jnp.float32
-
-
-def test_rows_of_the_published_cache_evict_each_on_its_own():
-    """The public SepCache keeps as many separators in every row as the row with the fewest has."""
-    tokens = TOKENS.copy()
-    tokens[1] = 1  # a row without separators
-    outputs, entries, _ = published(PUBLISHED, tokens)
-    others, other_entries, _ = published(PUBLISHED, TOKENS)
-    np.testing.assert_array_equal(outputs[::2], others[::2])
-    np.testing.assert_array_equal(entries.resident[:, ::2], other_entries.resident[:, ::2])
-    assert np.any(entries.resident[:, 0] != entries.resident[:, 1])
-
-
-def test_the_published_cache_turns_keys_once():
-    """The public SepCache writes turned keys back, and turns them again each step."""
-    config = small_config(attention=PUBLISHED, layers=1)
-    step, cache = extending(config, random_model(config)[1]), empty_cache(config, BATCH, LENGTH)
-    keys = []
-    for token in range(14):
-        _, cache = step(TOKENS[:, token : token + 1], cache)
-        keys.append(np.asarray(cache.layers[0].arrays[0].keys))
-    for before, after in itertools.pairwise(keys):
-        filled = np.any(before != 0, axis=(0, 2, 3))
-        np.testing.assert_array_equal(after[:, filled], before[:, filled])
-
-
-def test_the_published_cache_holds_what_a_list_does():
-    """Token by token, each row on its own, by the paper's words."""
-    config = small_config(attention=PUBLISHED, layers=1)
-    step, cache = extending(config, random_model(config)[1]), empty_cache(config, BATCH, LENGTH)
-    values, rows = {}, [[] for _ in range(BATCH)]
-    ends = [PUBLISHED.initial_tokens] * BATCH  # where each row's past window begins
-    for token in range(LENGTH):
-        filled = np.asarray(cache.layers[0].state.filled)
-        _, cache = step(TOKENS[:, token : token + 1], cache)
-        entries = cache.layers[0]
-        for row, kept in enumerate(rows):
-            kept.append(token)
-            # the values of a token of the only layer are the same wherever they are moved
-            if filled[row] + 1 <= PUBLISHED.cache_entries:
-                written = np.asarray(entries.arrays[0].values[row, filled[row]])
-                values[row, token] = written
-            if len(kept) > PUBLISHED.cache_entries:
-                local = len(kept) - PUBLISHED.window
-                past = kept[ends[row] : local]
-                separators = kept[PUBLISHED.initial_tokens : ends[row]]
-                separators += [t for t in past if TOKENS[row, t] in SEPARATORS]
-                separators = separators[-PUBLISHED.separators :]
-                kept[:] = kept[: PUBLISHED.initial_tokens] + separators + kept[local:]
-                ends[row] = PUBLISHED.initial_tokens + len(separators)
-            assert int(entries.state.filled[row]) == len(kept)
-            for slot, held in enumerate(kept):
-                if (row, held) in values:
-                    found = entries.arrays[0].values[row, slot]
-                    np.testing.assert_array_equal(found, values[row, held])
-    assert sum(len(kept) for kept in rows) < len(values)
-
-
-def test_the_published_cache_takes_chunks():
-    config = small_config(attention=PUBLISHED)
-    _, parameters = random_model(config)
-    outputs, _, _ = published(PUBLISHED, TOKENS)
-    step, cache = extending(config, parameters), empty_cache(config, BATCH, LENGTH)
-    counts = np.asarray([[30, 12, 30], [33, 0, 20]], np.int32)
-    at = np.zeros(BATCH, int)
-    for count in counts:
-        part = np.stack([np.roll(TOKENS[row], -first)[:33] for row, first in enumerate(at)])
-        found, cache = step(part, cache, count)
-        for row in np.flatnonzero(count):
-            close(found[row, : count[row]], outputs[row, at[row] : at[row] + count[row]])
-        at += count
-    np.testing.assert_array_equal(cache.length, at)
 
 
 @pytest.mark.parametrize("name", ["bounded", "compact"])

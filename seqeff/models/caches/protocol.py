@@ -114,7 +114,10 @@ class LayersCache:
         rows = tokens.shape[1]
         if rows == 1 or self.kind.most_rows != 1:
             step, state = self.kind.begin(self.state, tokens, count)
-            return self.kind.read(step, rows), self.kind.resident(state)
+            read = self.kind.read(step, rows)
+            # a further token reads no more than what is held before it, and itself
+            before = jnp.where(jnp.arange(rows) < count[:, None], read - 1, 0)[:, 1:]
+            return read, jnp.maximum(self.kind.resident(state), before.max(1, initial=0))
 
         def take(state: Any, token: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
             index, ids = token

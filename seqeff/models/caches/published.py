@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqeff.models.attend import attend_blocks
-from seqeff.models.caches.protocol import Sizes, put
+from seqeff.models.attend import attend, attend_blocks
+from seqeff.models.caches.protocol import Sizes, aligned, pick, put
 from seqeff.models.caches.whole import KeysValues
 from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
-from seqeff_kernels.range_attention import Backend, pack
+from seqeff_kernels.range_attention import Backend, PackedIndices, RangeSource, pack
 
 
 class PublishedState(NamedTuple):
@@ -24,22 +24,32 @@ class PublishedState(NamedTuple):
     Attributes:
       length: tokens so far.
       filled: entries.
-      separators_end: where the past window begins.
       separates: which entries are separators.
     """
 
     length: Int[Array, " batch"]
     filled: Int[Array, " batch"]
-    separators_end: Int[Array, " batch"]
     separates: Bool[Array, "batch slots"]
 
 
 class PublishedStep(NamedTuple):
-    """A token's slot, and how the entries are moved once it has attended them."""
+    """What new tokens attend of the list of a row's entries and them, and which of it stay.
 
-    length: Int[Array, " batch"]
-    real: Bool[Array, " batch"]
-    slot: Int[Array, " batch"]
+    Attributes:
+      first: index in the row of the new tokens' first.
+      past_start: where the past window of each row begins.
+      separators: packed.
+      rank: how many of the separators are before the past window.
+      moves: of the list, what each slot holds after the step.
+      evicts: whether any of the tokens empties the past window.
+    """
+
+    first: Int[Array, " batch"]
+    count: Int[Array, " batch"]
+    filled: Int[Array, " batch"]
+    past_start: Int[Array, "batch rows"]
+    separators: PackedIndices
+    rank: Int[Array, "batch rows"]
     moves: Int[Array, "batch slots"]
     evicts: Bool[Array, " batch"]
 
@@ -51,7 +61,7 @@ class PublishedCache:
     Past `entries_limit` in all, the past window is emptied: its separators join theirs, of which
     the newest `separators` stay, and its other tokens are gone. So the number of entries is a
     saw-tooth, (initial + separators + local + entries_limit) / 2 in the mean where separators
-    abound. One token is taken at a time, and it attends all entries, itself included.
+    abound. A token attends all entries, itself included, before any are gone.
 
     With `compact`, keys and queries are rotated by their index in the cache (keys are kept as if
     at position 0).
@@ -66,79 +76,115 @@ class PublishedCache:
     entries_limit: int
     chooser: Any
     compact: bool = True
-    most_rows: int | None = 1
+    most_rows: int | None = None
     grows: bool = False
 
     def empty(self, sizes: Sizes) -> tuple[PublishedState, KeysValues]:
-        slots = self.entries_limit + 1
+        slots = aligned(self.entries_limit + 1)
         length, filled = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
-        begin = jnp.full(sizes.batch, self.initial, jnp.int32)
-        separates = jnp.zeros((sizes.batch, slots), bool)
-        state = PublishedState(length, filled, begin, separates)
+        state = PublishedState(length, filled, jnp.zeros((sizes.batch, slots), bool))
         return state, KeysValues.empty(sizes, slots)
 
     def begin(
-        self, state: PublishedState, tokens: Int[Array, "batch 1"], count: Int[Array, " batch"]
+        self, state: PublishedState, tokens: Int[Array, "batch rows"], count: Int[Array, " batch"]
     ) -> tuple[PublishedStep, PublishedState]:
-        real = count > 0
-        length = state.length[:, None]
-        separates = put(
-            state.separates,
-            state.filled[:, None],
-            self.chooser.are_separators(tokens, length),
-            real[:, None],
+        rows, slots = tokens.shape[1], state.separates.shape[1]
+        row, entry, counts = jnp.arange(rows), jnp.arange(slots + rows), count[:, None]
+        place, end = state.filled[:, None] + row, state.filled[:, None] + counts
+        found = self.chooser.are_separators(tokens, state.length[:, None] + row)
+        separates = jnp.pad(state.separates, ((0, 0), (0, rows)))
+        separates = put(separates, place, found, row < counts)
+        separates &= (entry >= self.initial) & (entry < end)
+        separators = pack(separates)
+        before = separators.count - separates
+
+        def evict(_: Any, starts: tuple[Array, Array]) -> tuple[Array, Array]:
+            """The next eviction of each row of the batch, if there is one."""
+            past_start, start = starts
+            kept = jnp.minimum(pick(before, start), self.separators)
+            last = self.entries_limit - self.initial - kept + start
+            evicts = last < end
+            start = jnp.where(evicts, last + 1 - self.local, start)
+            return jnp.where(evicts & (place > last), start, past_start), start
+
+        start = jnp.full_like(end, self.initial)
+        # tokens from one eviction to the next, at least
+        between = self.entries_limit + 1 - self.initial - self.separators - self.local
+        starts = (jnp.broadcast_to(start, place.shape), start)
+        evictions = 1 + (rows - 1) // between
+        past_start, start = jax.lax.fori_loop(0, evictions, evict, starts)
+        rank, last_rank = pick(before, past_start), pick(before, start)
+        kept = separates & (before >= last_rank - self.separators) & (entry < start)
+        stays = (entry < self.initial) | kept | ((entry >= start) & (entry < end))
+        moves = pack(stays, slots).indices
+        filled = jnp.minimum(last_rank, self.separators) + end - start + self.initial
+        step = PublishedStep(
+            state.length,
+            count,
+            state.filled,
+            past_start,
+            separators,
+            rank,
+            moves,
+            evicts=start[:, 0] > self.initial,
         )
-        filled = state.filled + real
-        entry = jnp.arange(separates.shape[1])
-        past_end = (filled - self.local)[:, None]
-        of_separators = (entry >= self.initial) & (entry < state.separators_end[:, None])
-        past = (entry >= state.separators_end[:, None]) & (entry < past_end)
-        kept = of_separators | (past & separates)
-        newest = jnp.cumsum(kept[:, ::-1], axis=1)[:, ::-1] <= self.separators
-        kept &= newest
-        local = (entry >= past_end) & (entry < filled[:, None])
-        moves = pack((entry < self.initial) | kept | local).indices
-        evicts = filled > self.entries_limit
-        separators_end = self.initial + kept.sum(1, dtype=jnp.int32)
-        after = PublishedState(
-            length=state.length + real,
-            filled=jnp.where(evicts, separators_end + self.local, filled),
-            separators_end=jnp.where(evicts, separators_end, state.separators_end),
-            separates=jnp.where(
-                evicts[:, None], jnp.take_along_axis(separates, moves, axis=1), separates
-            ),
-        )
-        return PublishedStep(state.length, real, state.filled, moves, evicts), after
+        return step, PublishedState(state.length + count, filled[:, 0], pick(separates, moves))
 
     def attend(
         self, step: PublishedStep, arrays: KeysValues, heads: Heads, backend: Backend
-    ) -> tuple[Float[Array, "batch 1 heads head_dim"], KeysValues]:
-        keys, queries, length = heads.keys, heads.queries, step.length[:, None]
-        if self.compact:
-            keys = heads.turned(keys, -length)
-            queries = heads.turned(queries, step.slot[:, None] - length)
-        new = KeysValues(keys, heads.values)
-        arrays = arrays.put(step.slot[:, None], new, step.real[:, None])
-        keys = arrays.keys
-        if self.compact:
-            entry = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
-            keys = heads.turned(keys, entry)
-        block = CacheBlock(keys, arrays.values, step.slot + step.real)
-        return attend_blocks(queries, [block], backend), arrays
+    ) -> tuple[Float[Array, "batch rows heads head_dim"], KeysValues]:
+        rows = heads.rows
+        row = jnp.arange(rows)
+        place, index = step.filled[:, None] + row, step.first[:, None] + row
+
+        def turned(x: Array, by: Array) -> Array:
+            return heads.turned(x, by) if self.compact else x
+
+        def own_queries(place: Array) -> Array | None:
+            return heads.turned(heads.queries, place - index) if self.compact else None
+
+        new = KeysValues(turned(heads.keys, -index), heads.values)
+        if rows > 1:
+            pairs = zip(arrays, new, strict=True)
+            arrays = KeysValues(*(jnp.concatenate([x, y.astype(x.dtype)], 1) for x, y in pairs))
+        arrays = arrays.put(place, new, row < step.count[:, None])
+        queries = turned(heads.queries, place - index)
+        keys = turned(arrays.keys, jnp.arange(arrays.keys.shape[1], dtype=jnp.int32)[None])
+        if rows == 1:
+            block = CacheBlock(keys, arrays.values, step.filled + step.count)
+            return attend_blocks(queries, [block], backend), arrays
+        # entries from the past window's first to the query
+        near = place - step.past_start
+        oldest = jnp.maximum(step.rank - self.separators, 0)
+        sources = [RangeSource(keys, arrays.values, step.past_start, place + 1, finite=True)]
+        if self.separators:
+            ranked = turned(arrays.keys, step.separators.count - 1)
+            own = own_queries(step.rank + near)
+            far = (oldest, step.rank, own, step.separators)
+            sources.append(RangeSource(ranked, arrays.values, *far))
+        if self.initial:
+            own = own_queries(self.initial + step.rank - oldest + near)
+            end = jnp.minimum(place + 1, self.initial)
+            first = (jnp.zeros_like(end), end, own)
+            sources.append(RangeSource(keys, arrays.values, *first, finite=True))
+        return attend(queries, sources, backend), arrays
 
     def settle(self, step: PublishedStep, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
         """Moves the entries of rows that evict, for all layers at once."""
+        slots = step.moves.shape[1]
 
         def move(arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
-            slot = jnp.arange(step.moves.shape[1])
-            moves = jnp.where(step.evicts[:, None], step.moves, slot)
-            return tuple(layer.pick(moves) for layer in arrays)
+            return tuple(layer.pick(step.moves) for layer in arrays)
 
-        return jax.lax.cond(step.evicts.any(), move, lambda arrays: arrays, tuple(arrays))
+        def stay(arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
+            return tuple(KeysValues(*(x[:, :slots] for x in layer)) for layer in arrays)
 
-    def read(self, step: PublishedStep, rows: int) -> Int[Array, "batch 1"]:
-        del rows
-        return step.slot[:, None] + 1
+        return jax.lax.cond(step.evicts.any(), move, stay, tuple(arrays))
+
+    def read(self, step: PublishedStep, rows: int) -> Int[Array, "batch rows"]:
+        place = step.filled[:, None] + jnp.arange(rows)
+        kept = jnp.minimum(step.rank, self.separators)
+        return self.initial + kept + place + 1 - step.past_start
 
     def resident(self, state: PublishedState) -> Int[Array, " batch"]:
         return state.filled
