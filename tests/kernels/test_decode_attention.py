@@ -222,7 +222,7 @@ def test_auto_says_why_a_kernel_is_passed_over(hopper, monkeypatch):
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(mosaic, "obstacle", lambda *_: "not here")
     assert explain(*shaped_call())["auto"] == "takes triton"
-    monkeypatch.setattr(triton, "TESTED_HEAD_DIMS", (128,))
+    monkeypatch.setattr(triton, "TESTED", {(128, "bfloat16")})
     answer = explain(*shaped_call())["auto"]
     assert answer.startswith("takes xla: triton could serve, but the GPU checks do not cover ")
     assert answer.endswith("head_dim 64 in bfloat16 on compute capability 9.0")
@@ -242,11 +242,11 @@ def test_auto_takes_the_kernel_only_for_what_is_tested(hopper, monkeypatch):
         return queries, queries[..., 0].astype(jnp.float32)
 
     monkeypatch.setattr(triton, "attend", attend)
-    monkeypatch.setattr(triton, "TESTED_HEAD_DIMS", (64,))
+    monkeypatch.setattr(triton, "TESTED", {(64, "bfloat16")})
     jax.eval_shape(decode_attention, *shaped_call())
     assert calls == [64**-0.5]
     jax.eval_shape(decode_attention, *shaped_call(blocks=4))
-    monkeypatch.setattr(triton, "TESTED_HEAD_DIMS", (128,))
+    monkeypatch.setattr(triton, "TESTED", {(128, "bfloat16")})
     jax.eval_shape(decode_attention, *shaped_call())
     monkeypatch.undo()
     jax.eval_shape(decode_attention, *shaped_call())

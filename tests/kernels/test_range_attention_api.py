@@ -50,7 +50,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "cuda_versions", object())
-    monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (16,))
+    monkeypatch.setattr(cudnn, "TESTED", {(16, "bfloat16")})
     monkeypatch.setattr(
         cudnn.fused_attention_stablehlo, "dot_product_attention", dot_product_attention
     )
@@ -103,7 +103,7 @@ def test_auto_leaves_to_the_portable_form_what_cudnn_cannot_do(arrays, hopper, c
 def test_auto_takes_only_head_sizes_that_are_tested_on_a_gpu(arrays, hopper, monkeypatch):
     queries, keys, values = arrays
     assert explain(queries, [TokenSource(keys, values)])["auto"] == "takes cudnn"
-    monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (64,))
+    monkeypatch.setattr(cudnn, "TESTED", {(64, "bfloat16")})
     jax.eval_shape(range_attention, queries, [TokenSource(keys, values)])
     assert hopper == []
     answers = explain(queries, [TokenSource(keys, values)])
@@ -115,7 +115,7 @@ def test_auto_takes_only_head_sizes_that_are_tested_on_a_gpu(arrays, hopper, mon
 def test_auto_takes_what_the_table_lists_as_faster(hopper, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     path = tuning.table_path(jax.devices()[0].device_kind)
-    monkeypatch.setattr(cudnn, "TESTED_HEAD_DIMS", (64,))
+    monkeypatch.setattr(cudnn, "TESTED", {(64, "bfloat16")})
     monkeypatch.setattr(mosaic, "obstacle", lambda *_: None)
     monkeypatch.setattr(triton, "obstacle", lambda *_: None)
     queries = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)

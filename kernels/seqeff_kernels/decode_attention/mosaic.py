@@ -7,6 +7,7 @@ entries, which the copying worker fetches ahead of the products.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -25,8 +26,8 @@ from seqeff_kernels.range_attention.operands import Static
 from seqeff_kernels.range_attention.sources import ListedSource
 
 HEAD_DIMS = (64, 128, 256)
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed
-TESTED_HEAD_DIMS = (64, 128, 256)
+# head sizes with their dtypes, and devices, on which experiments/gpu_checks/attention.py has passed
+TESTED = frozenset(itertools.product((64, 128, 256), ("bfloat16", "float16")))
 TESTED_CAPABILITIES = ((9, 0),)
 _LEAST_STAGES, _MOST_STAGES = 2, 8
 
@@ -75,8 +76,9 @@ def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | N
 
 
 def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover these queries on this device; `auto` serves nothing else."""
-    return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
+    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
+    size = queries.shape[-1], str(queries.dtype)
+    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
 def plan(sizes: Sizes) -> Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,8 +18,8 @@ from seqeff_kernels.gpu import compute_capability, triton_call, triton_obstacle
 MAXIMUM_BLOCKS = 3
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 128, 256)
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed
-TESTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+# head sizes with their dtypes, and devices, on which experiments/gpu_checks/attention.py has passed
+TESTED = frozenset(itertools.product((64, 80, 96, 128, 256), ("bfloat16", "float16")))
 TESTED_CAPABILITIES = ((9, 0),)
 
 
@@ -40,8 +42,9 @@ def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | N
 
 
 def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover these queries on this device; `auto` serves nothing else."""
-    return queries.shape[-1] in TESTED_HEAD_DIMS and compute_capability() in TESTED_CAPABILITIES
+    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
+    size = queries.shape[-1], str(queries.dtype)
+    return size in TESTED and compute_capability() in TESTED_CAPABILITIES
 
 
 def chosen_plan(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> Plan:

@@ -7,6 +7,7 @@ dtype.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from dataclasses import dataclass
 from typing import cast
@@ -24,8 +25,8 @@ from seqeff_kernels.range_attention import xla
 from seqeff_kernels.range_attention.execution import Execution
 from seqeff_kernels.range_attention.sources import Source, TokenSource
 
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed
-TESTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+# head sizes with their dtypes, and devices, on which experiments/gpu_checks/attention.py has passed
+TESTED = frozenset(itertools.product((64, 80, 96, 128, 256), ("bfloat16", "float16")))
 TESTED_CAPABILITIES = ((9, 0),)
 # of XLA, which ask for the same bits every time
 _DETERMINISM_FLAGS = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
@@ -63,8 +64,9 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
 
 
 def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
-    return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
+    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
+    size = queries.shape[-1], str(queries.dtype)
+    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
 def execution(queries: Array, sources: tuple[Source, ...]) -> Execution:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -35,8 +36,8 @@ from seqeff_kernels.range_attention.sources import ListedSource, Source, TokenSo
 HEAD_DIMS = (64, 128)
 _OLDEST_JAX = (0, 11)
 _MOST_SOURCES = 3
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed
-TESTED_HEAD_DIMS = (64, 128)
+# head sizes with their dtypes, and devices, on which experiments/gpu_checks/attention.py has passed
+TESTED = frozenset(itertools.product((64, 128), ("bfloat16", "float16")))
 TESTED_CAPABILITIES = ((9, 0),)
 # of which the copy engine's tiles are made
 LINES = 8
@@ -75,8 +76,9 @@ def kernel_obstacle(
 
 
 def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
-    return queries.shape[-1] in TESTED_HEAD_DIMS and gpu.compute_capability() in TESTED_CAPABILITIES
+    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
+    size = queries.shape[-1], str(queries.dtype)
+    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
 def attend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ from seqeff_kernels.range_attention.sources import ListedSource, RangeSource, So
 
 _LARGEST_HEAD_DIM = 256
 _MOST_SOURCES = 3
-# head sizes and devices on which experiments/gpu_checks/attention.py has passed
-TESTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+# head sizes with their dtypes, and devices, on which experiments/gpu_checks/attention.py has passed
+TESTED = frozenset(itertools.product((64, 80, 96, 128, 256), ("bfloat16", "float16")))
 TESTED_CAPABILITIES = ((9, 0),)
 # above every entry, with room for adding a tile
 _NOWHERE = 1 << 30
@@ -105,12 +106,9 @@ def plan(head_dim: int, dtype: str) -> Plan:
 
 
 def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size on this device; `auto` serves nothing else."""
-    return (
-        queries.shape[-1] in TESTED_HEAD_DIMS
-        and queries.dtype != jnp.float32
-        and gpu.compute_capability() in TESTED_CAPABILITIES
-    )
+    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
+    size = queries.shape[-1], str(queries.dtype)
+    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
 def attend(
