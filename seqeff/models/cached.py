@@ -124,20 +124,8 @@ class CachedTransformer(LanguageModel):
         """
         batch, rows = tokens.shape
         count = jnp.full(batch, rows, jnp.int32) if count is None else count
-        if rows == 1 or all(layers.kind.most_rows != 1 for layers in cache.layers):
-            return self._extend(tokens, cache, count)
-
-        def step(cache: Cache, token: tuple[Array, Array]) -> tuple[Cache, Array]:
-            index, ids = token
-            states, cache = self._extend(ids[:, None], cache, (index < count).astype(jnp.int32))
-            return cache, states[:, 0]
-
-        cache, states = jax.lax.scan(step, cache, (jnp.arange(rows), tokens.T))
-        return jnp.swapaxes(states, 0, 1), cache
-
-    def _extend(self, tokens: Array, cache: Cache, count: Array) -> tuple[Array, Cache]:
         config = self.config
-        index = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        index = cache.length[:, None] + jnp.arange(rows)
         located, carried = config.positions.locate(tokens, index, cache.located, count)
         x, rotation = self.embed(tokens, located)
         runs = []

@@ -122,7 +122,6 @@ class BlockCache:
     ring: int | None = 0
     chooser: Any = None
     compact: bool = False
-    most_rows: int | None = None
 
     @property
     def grows(self) -> bool:

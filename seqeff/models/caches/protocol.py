@@ -40,11 +40,6 @@ class CacheKind(Protocol):
     """
 
     @property
-    def most_rows(self) -> int | None:
-        """Most tokens that can be taken at a time; None: any number."""
-        ...
-
-    @property
     def grows(self) -> bool:
         """Whether its memory is that of `Sizes.capacity`, and not constant."""
         ...
@@ -112,20 +107,11 @@ class LayersCache:
     ) -> tuple[Int[Array, "batch rows"], Int[Array, " batch"]]:
         """Entries of a layer that further tokens read, and the most that it holds meanwhile."""
         rows = tokens.shape[1]
-        if rows == 1 or self.kind.most_rows != 1:
-            step, state = self.kind.begin(self.state, tokens, count)
-            read = self.kind.read(step, rows)
-            # a further token reads no more than what is held before it, and itself
-            before = jnp.where(jnp.arange(rows) < count[:, None], read - 1, 0)[:, 1:]
-            return read, jnp.maximum(self.kind.resident(state), before.max(1, initial=0))
-
-        def take(state: Any, token: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
-            index, ids = token
-            step, state = self.kind.begin(state, ids[:, None], (index < count).astype(jnp.int32))
-            return state, (self.kind.read(step, 1)[:, 0], self.kind.resident(state))
-
-        _, (read, resident) = jax.lax.scan(take, self.state, (jnp.arange(rows), tokens.T))
-        return read.T, resident.max(0)
+        step, state = self.kind.begin(self.state, tokens, count)
+        read = self.kind.read(step, rows)
+        # a further token reads no more than what is held before it, and itself
+        before = jnp.where(jnp.arange(rows) < count[:, None], read - 1, 0)[:, 1:]
+        return read, jnp.maximum(self.kind.resident(state), before.max(1, initial=0))
 
 
 def kind_of(attention: Any) -> CacheKind:

@@ -76,7 +76,6 @@ class PublishedCache:
     entries_limit: int
     chooser: Any
     compact: bool = True
-    most_rows: int | None = None
     grows: bool = False
 
     def empty(self, sizes: Sizes) -> tuple[PublishedState, KeysValues]:

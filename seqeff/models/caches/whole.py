@@ -64,7 +64,6 @@ class WholeCache:
     """Every token, for any attention: it plans anew from all of them each time."""
 
     attention: Any
-    most_rows: int | None = None
     grows: bool = True
 
     def empty(self, sizes: Sizes) -> tuple[History, KeysValues]:
@@ -113,7 +112,6 @@ class WholeCache:
 class TokenCache:
     """Every token, all of which the later ones attend."""
 
-    most_rows: int | None = None
     grows: bool = True
 
     def empty(self, sizes: Sizes) -> tuple[Int[Array, " batch"], KeysValues]:
