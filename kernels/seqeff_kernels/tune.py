@@ -3,7 +3,9 @@
     python -m seqeff_kernels.tune [attention|decode] [SHAPE ...] [--missing] [--table FILE]
 
 Candidates compile in several processes at a time and run one after another. Each entry is written
-as soon as it is found. A candidate that does not compile or run is told and skipped.
+as soon as it is found. A candidate that does not compile or run is told and skipped. So is one that
+ends its process, leaves the device unusable or hangs: a new process goes on with the other
+candidates, and times none of them again.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,10 +84,12 @@ _FLOPS_PER_SECOND = 2e14
 _BYTES_PER_SECOND = 2e12
 _REPEATS = 3
 _ROTATED_BYTES = 1 << 28
+# what a task's process runs, and seconds between looks at it
+_PROGRAM = (sys.executable, "-m", "seqeff_kernels.tune")
+_LOOK = 0.2
 
 # takes a plan and the name of a pass, and gives seconds
 Timer = Callable[[Any, str], float]
-Alone = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Task(NamedTuple):
@@ -94,8 +101,110 @@ class Task(NamedTuple):
     window: int | None = None
 
 
+class Skipped(Exception):
+    """A candidate has no time: it failed, in this process or an earlier one of the task."""
+
+
+class Journal:
+    """A file of what a task's processes did, which outlives each of them.
+
+    It has a line of JSON for each event: a candidate `begun`, one `ended` with its `seconds` or the
+    `reason` why it has none, and whether the process `waits` for the device.
+
+    Args:
+      lock: a file whose lock is held while the device is used; None: nobody else uses it.
+    """
+
+    def __init__(self, path: Path, lock: Path | None = None) -> None:
+        self._path, self._lock = path, lock
+
+    def ended(self) -> dict[str, dict[str, Any]]:
+        """The lines of the candidates that ended."""
+        return {line["ended"]: line for line in self._lines() if "ended" in line}
+
+    def begun(self) -> str | None:
+        """The candidate that was begun last, if it has not ended."""
+        candidate = None
+        for line in self._lines():
+            candidate = line.get("begun", None if "ended" in line else candidate)
+        return candidate
+
+    def waits(self) -> bool:
+        """Whether the last event is that the process waits for the device."""
+        return self._lines()[-1:] == [{"waits": True}]
+
+    def size(self) -> int:
+        """Bytes, which every event adds to."""
+        return self._path.stat().st_size
+
+    def skip(self, candidate: str, reason: str) -> None:
+        """Ends a candidate without a time."""
+        self._write(ended=candidate, reason=reason)
+
+    def timed(self, name: str, timer: Timer) -> Timer:
+        """A timer that knows the times of candidates that ended, and writes down the others.
+
+        Args:
+          name: of what the plans are for, which tells them from others in this file.
+
+        Raises, when called:
+          Skipped: the candidate is one that failed.
+          SystemExit: it left the device unusable; it stays as one that was begun.
+        """
+
+        def known(plan: Any, timed: str) -> float:
+            candidate = f"{name} {timed} {plan}"
+            ended: dict[str, Any] | None = self.ended().get(candidate)
+            if ended is None:
+                self._write(begun=candidate)
+                try:
+                    ended = {"seconds": timer(plan, timed)}
+                except Exception as error:  # a compiler's refusals are of any kind
+                    ended = {"reason": _reason(error)}
+                    if not self._device_works():
+                        raise SystemExit(f"the device is unusable: {ended['reason']}") from error
+                self._write(ended=candidate, **ended)
+            if "reason" in ended:
+                raise Skipped(ended["reason"])
+            return ended["seconds"]
+
+        return known
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds the lock, so that one process at a time uses the device."""
+        if self._lock is None:
+            yield
+            return
+        with open(self._lock) as file:
+            self._write(waits=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._write(waits=False)
+            yield
+
+    def _device_works(self) -> bool:
+        """Whether the device still computes: after some faults, nothing does in that process."""
+        try:
+            with self.alone():
+                jax.block_until_ready(jnp.zeros(8) + 1)
+        except Exception:
+            return False
+        return True
+
+    def _write(self, **event: Any) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        # the last one may be half written
+        whole = self._path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in whole]
+
+
 def search(start: Any, steps: Sequence[Step], timer: Timer) -> tuple[Any, dict[str, float]] | None:
     """The best plan, and the seconds of each pass with it, or None where no candidate works.
+
+    A step of which no candidate works leaves the plan as it is.
 
     Args:
       start: the plan to change; it is a candidate of every step.
@@ -111,30 +220,33 @@ def search(start: Any, steps: Sequence[Step], timer: Timer) -> tuple[Any, dict[s
             try:
                 found[candidate] = timer(candidate, step.timed)
             except Exception as error:  # a compiler's refusals are of any kind
-                reason = str(error).strip().partition("\n")[0][:160]
-                print(f"  skipped  {candidate}: {type(error).__name__}: {reason}", flush=True)
+                print(f"  skipped  {candidate}: {_reason(error)}", flush=True)
                 continue
             print(f"  {1e3 * found[candidate]:8.4f} ms {step.timed:8} {candidate}", flush=True)
-        if not found:
-            return None
-        plan = min(found, key=lambda candidate: found[candidate])
-        times[step.timed] = found[plan]
-    return plan, times
+        if found:
+            plan = min(found, key=lambda candidate: found[candidate])
+            times[step.timed] = found[plan]
+    return (plan, times) if times else None
 
 
 def tune_attention(
     task: Task,
     path: Path,
+    journal: Journal,
     backends: Sequence[str] = BACKENDS,
     missing: bool = False,
-    alone: Alone = contextlib.nullcontext,
-) -> None:
+) -> bool:
     """Tunes the backends that can serve an attention of a named shape.
 
-    With `missing`, entries that the table has already are left as they are.
+    Args:
+      path: of the table.
+      missing: entries that the table has already are left as they are.
+
+    Returns:
+      whether there is a plan for every backend that can serve.
     """
     shape = attention_shapes.SHAPES[task.shape]
-    with alone():
+    with journal.alone():
         sets, sources = _attention_inputs(shape, task)
         jax.block_until_ready(sets)
     queries, keys, values, _, indices = sets[0]
@@ -148,6 +260,7 @@ def tune_attention(
         # it has no plan to find, and is timed to be compared
         "cudnn": (cudnn.Plan(), (Step("forward", ()), Step("training", ())), cudnn.attend),
     }
+    complete = True
     for backend in backends:
         start, steps, attend = starts[backend]
         if missing and _listed(path, "attention", backend, key):
@@ -171,19 +284,19 @@ def tune_attention(
             function, flops = forward, spent.forward_flops
             if timed == "training":
                 function, flops = training, flops + spent.backward_flops
-            return _time(function, sets, len(sets) * flops / _FLOPS_PER_SECOND, alone)
+            return _time(function, sets, len(sets) * flops / _FLOPS_PER_SECOND, journal)
 
-        _record(path, "attention", backend, key, search(start, steps, timer), alone)
+        found = search(start, steps, journal.timed(f"{backend} {key}", timer))
+        complete &= _record(path, "attention", backend, key, found, journal)
+    return complete
 
 
-def tune_decode(
-    task: Task, path: Path, missing: bool = False, alone: Alone = contextlib.nullcontext
-) -> None:
+def tune_decode(task: Task, path: Path, journal: Journal, missing: bool = False) -> bool:
     """Tunes the backends that can serve decoding of a named shape; as `tune_attention`."""
     shape = decode_shapes.SHAPES[task.shape]
     size = shape.entry_bytes(jnp.dtype(_DTYPE).itemsize)
     make = jax.jit(decode_shapes.inputs, static_argnums=(0, 2))
-    with alone():
+    with journal.alone():
         count = max(2, math.ceil(4 * _ROTATED_BYTES / size))
         sets = [make(shape, seed, _DTYPE) for seed in range(count)]
         jax.block_until_ready(sets)
@@ -195,6 +308,7 @@ def tune_decode(
         "triton": (triton_start, decode_steps(triton_start), decode_triton),
         "mosaic": (mosaic_start, mosaic_decode_steps(mosaic_start), decode_mosaic),
     }
+    complete = True
     for backend, (start, steps, module) in starts.items():
         if missing and _listed(path, "decode", backend, key):
             continue
@@ -208,13 +322,20 @@ def tune_decode(
             def call(queries, blocks, new):
                 return attend(queries, blocks, new, shape.head_dim**-0.5, plan)[0]
 
-            return _time(call, sets, len(sets) * size / _BYTES_PER_SECOND, alone)
+            return _time(call, sets, len(sets) * size / _BYTES_PER_SECOND, journal)
 
-        _record(path, "decode", backend, key, search(start, steps, timer), alone)
+        found = search(start, steps, journal.timed(f"{backend} {key}", timer))
+        complete &= _record(path, "decode", backend, key, found, journal)
+    return complete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Tunes what is asked for; exit status 2 where something asked for cannot be."""
+    """Tunes what is asked for.
+
+    Returns:
+      exit status 1 where a backend that can serve got no plan; 2 where something asked for cannot
+      be.
+    """
     options = _parser().parse_args(arguments)
     known = {
         "attention": (attention_shapes.SHAPES, ATTENTION_SHAPES),
@@ -233,6 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kind in options.kind:
                 windows = [None] if kind == "causal" else options.window
                 tasks += [Task(operation, name, kind, window) for window in windows]
+    # else each process takes most of the memory for itself
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     try:
         found = gpu.compute_capability()
     except (RuntimeError, AssertionError) as error:  # what jax raises where no device is found
@@ -240,52 +363,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found is None:
         return _refuse(f"tuning needs an NVIDIA GPU; JAX's backend is {jax.default_backend()}")
     path = options.table or tuning.table_path(jax.devices()[0].device_kind)
-    if len(tasks) > 1 and options.processes > 1:
+    if options.journal is None:
         return _run_processes(tasks, path, options)
+    journal = Journal(options.journal, options.lock)
+    complete = True
     for task in tasks:
         if task.operation == "decode":
-            tune_decode(task, path, options.missing, _lock(options.lock))
+            complete &= tune_decode(task, path, journal, options.missing)
         else:
-            tune_attention(task, path, options.backend, options.missing, _lock(options.lock))
-    return 0
+            complete &= tune_attention(task, path, journal, options.backend, options.missing)
+    return 0 if complete else 1
 
 
 def _run_processes(tasks: Sequence[Task], path: Path, options: argparse.Namespace) -> int:
     """Runs this module for every task, several at a time, which a failure cannot spread among."""
     common = ["--table", str(path), "--backend", *options.backend]
     common += ["--missing"] if options.missing else []
-    # else each process takes most of the memory for itself
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
-    def run(task: Task) -> bool:
+    def run(numbered: tuple[int, Task]) -> bool:
+        number, task = numbered
         chosen = [task.operation, task.shape]
         chosen += ["--kind", task.kind] if task.kind else []
         chosen += ["--window", str(task.window)] if task.window else []
-        call = [sys.executable, "-m", __spec__.name, *chosen, *common, "--lock", lock.name]
-        done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
-        ending = "" if done.returncode == 0 else f"  failed:\n{done.stderr[-2000:]}\n"
-        print(done.stdout + ending, end="", flush=True)
-        return done.returncode == 0
+        written = Path(folder, f"{number}.jsonl")
+        written.touch()
+        files = ["--journal", str(written), "--lock", str(lock)]
+        return _run_task([*_PROGRAM, *chosen, *common, *files], Journal(written), options.timeout)
 
     with (
-        tempfile.NamedTemporaryFile() as lock,
+        tempfile.TemporaryDirectory() as folder,
         concurrent.futures.ThreadPoolExecutor(options.processes) as pool,
     ):
-        return 0 if all(list(pool.map(run, tasks))) else 1
+        lock = Path(folder, "lock")
+        lock.touch()
+        return 0 if all(list(pool.map(run, enumerate(tasks)))) else 1
 
 
-def _lock(path: str | None) -> Alone:
-    """What holds a file's lock, so that one process at a time uses the device."""
-    if path is None:
-        return contextlib.nullcontext
+def _run_task(call: Sequence[str], journal: Journal, timeout: float) -> bool:
+    """Runs a task's process, and again without the candidate that ended it; whether it succeeds."""
+    while True:
+        status, output, errors = _run_process(call, journal, timeout)
+        if status == 0:
+            print(output, end="", flush=True)
+            return True
+        if status is None:
+            reason = f"no progress in {timeout:g} s"
+        else:
+            ended = f"signal {-status}" if status < 0 else f"status {status}"
+            reason = f"its process ended with {ended}"
+        candidate = journal.begun()
+        if candidate is None or status == -signal.SIGINT:
+            print(f"{output}  failed: {reason}\n{errors[-2000:]}", flush=True)
+            return False
+        last = errors.strip().rpartition("\n")[2][:160]
+        journal.skip(candidate, f"{reason}: {last}" if last else reason)
 
-    @contextlib.contextmanager
-    def alone() -> Iterator[None]:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
-    return alone
+def _run_process(
+    call: Sequence[str], journal: Journal, timeout: float
+) -> tuple[int | None, str, str]:
+    """Exit status, output and errors of a process; the status is None where it was ended.
+
+    Args:
+      timeout: seconds without an event in the journal after which it is, unless it waits for the
+        device.
+    """
+    # files: what a process leaves running could hold pipes open
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as output,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(call, stdout=output, stderr=errors) as process,
+    ):
+        size, since, status = journal.size(), time.monotonic(), None
+        while status is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(_LOOK)
+            if size != journal.size() or journal.waits():
+                size, since = journal.size(), time.monotonic()
+            if time.monotonic() - since > timeout:
+                break
+        process.kill()
+        process.wait()
+        output.seek(0)
+        errors.seek(0)
+        return status, output.read(), errors.read()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -300,7 +461,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--missing", action="store_true", help="only what the table lacks")
     parser.add_argument("--table", type=Path, help="written to (default: the package's)")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--lock", help="a file whose lock is held while the device is used")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds after which a candidate that does not end is skipped (default: %(default)s)",
+    )
+    # of a task's process: its journal, and the file whose lock it holds while it uses the device
+    parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
@@ -344,13 +513,18 @@ def _listed(path: Path, operation: str, backend: str, key: str) -> bool:
     return key in tuning.read(path).get(operation, {}).get(backend, {})
 
 
+def _reason(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0][:160]
+    return text if isinstance(error, Skipped) else f"{type(error).__name__}: {text}"
+
+
 def _time(
-    function: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float, alone: Alone
+    function: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float, journal: Journal
 ) -> float:
     """Of one call; `seconds` is a guess at a call on every set."""
     iterations = max(2, round(_SECONDS / seconds))
     return statistics.median(
-        device_times(function, sets, iterations=iterations, repeats=_REPEATS, alone=alone)
+        device_times(function, sets, iterations=iterations, repeats=_REPEATS, alone=journal.alone)
     )
 
 
@@ -360,17 +534,19 @@ def _record(
     backend: str,
     key: str,
     found: tuple[Any, dict[str, float]] | None,
-    alone: Alone,
-) -> None:
+    journal: Journal,
+) -> bool:
+    """Writes an entry, if one was found; whether it was."""
     if found is None:
         print("  no candidate works; nothing is written", flush=True)
-        return
+        return False
     plan, times = found
     milliseconds = {timed: round(1e3 * seconds, 4) for timed, seconds in times.items()}
     entry = {"plan": dataclasses.asdict(plan), "milliseconds": milliseconds}
-    with alone():
+    with journal.alone():
         tuning.record(path, operation, backend, key, entry)
     print(f"  best: {plan}", flush=True)
+    return True
 
 
 if __name__ == "__main__":

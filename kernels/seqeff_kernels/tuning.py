@@ -24,6 +24,8 @@ from seqeff_kernels.range_attention.sources import Source, TokenSource
 _Plan = TypeVar("_Plan")
 # whose devices differ in their memory alone
 _FAMILIES = (("H100", "H200"),)
+# plans depend on the size of an element alone
+_TWINS = {"bfloat16": "float16", "float16": "bfloat16"}
 FOLDER = Path(__file__).with_name("tuned")
 
 
@@ -31,7 +33,8 @@ def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
     """The fields of the best plan for the default device, or None where no table lists the key.
 
     A key that ends in a number of rows takes, where exactly its own is absent, the nearest listed
-    number by ratio, the smaller of two as near: what fits does not depend on the rows.
+    number by ratio, the smaller of two as near: what fits does not depend on the rows. Where
+    none is listed of a 16-bit type, the entries of the other one serve.
 
     Args:
       operation: `attention` or `decode`.
@@ -42,39 +45,60 @@ def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
       ValueError: the device's table is damaged.
     """
     listed = _device_table().get(operation, {}).get(backend, {})
-    nearest = _nearest(key, listed)
-    return None if nearest is None else dict(listed[nearest]["plan"])
+    found = _match(key, listed)
+    return None if found is None else dict(listed[found]["plan"])
 
 
 def planned(
     operation: str, backend: str, key: str, make: Callable[..., _Plan], default: Callable[[], _Plan]
 ) -> _Plan:
-    """The best plan that is listed, made of its fields, or the default."""
+    """The best plan that is listed, made of its fields, or the default.
+
+    Args:
+      make: raises TypeError or ValueError where the fields are not those of a plan.
+
+    Raises:
+      ValueError: the device's table is damaged, or lists what is no plan; names file and entry.
+    """
     fields = choose(operation, backend, key)
-    return default() if fields is None else make(**fields)
+    if fields is None:
+        return default()
+    try:
+        return make(**fields)
+    except (TypeError, ValueError) as error:
+        listed = _match(key, _device_table()[operation][backend])
+        raise ValueError(
+            f"the table of tuned plans {_device_path()} has no plan in its entry of "
+            f"{operation} {backend} {listed!r}: {error}"
+        ) from error
 
 
 def fastest(operation: str, key: str, backends: Sequence[str]) -> str | None:
     """Of backends whose entries the table lists, the one of the least time.
 
     Compared are entries of one key, the nearest that is listed for all of them, and of these the
-    times of the longest pass that all of them have.
+    times of the longest pass that all of them have. Calls of the forward pass alone are ranked so
+    too: whether a gradient is taken is not known where a call is traced, as `jit`, `scan` and
+    `checkpoint` hide it.
+
+    Args:
+      backends: the one to take where the table does not compare it comes first.
 
     Returns:
-      a backend, or None where fewer than two are listed, or nothing of theirs compares.
+      a backend, or None where the first is not listed, no other is, or nothing of theirs compares.
     """
     table = _device_table().get(operation, {})
     listed = {
         backend: table[backend]
         for backend in backends
-        if _nearest(key, table.get(backend, {})) is not None
+        if _match(key, table.get(backend, {})) is not None
     }
-    if len(listed) < 2:
+    if backends[0] not in listed or len(listed) < 2:
         return None
-    nearest = _nearest(key, _in_all(listed.values()))
-    if nearest is None:
+    shared = _match(key, _in_all(listed.values()))
+    if shared is None:
         return None
-    times = {backend: entries[nearest]["milliseconds"] for backend, entries in listed.items()}
+    times = {backend: entries[shared]["milliseconds"] for backend, entries in listed.items()}
     passes = _in_all(times.values())
     if not passes:
         return None
@@ -92,7 +116,7 @@ def attention_key(
     _, rows, heads, head_dim = queries.shape
     group = heads // sources[0].keys.shape[2]
     kinds = "+".join(map(_kind, sources))
-    return f"{queries.dtype} head_dim={head_dim} group={group} {kinds} rows={_power_of_two(rows)}"
+    return f"{queries.dtype} head_dim={head_dim} group={group} {kinds} rows={power_of_two(rows)}"
 
 
 def decode_key(
@@ -105,11 +129,16 @@ def decode_key(
       batch: its product with the KV heads is rounded up to a power of two.
       entries: of all blocks and the new ones; rounded up to a power of two.
     """
-    lists = _power_of_two(batch * kv_heads)
+    lists = power_of_two(batch * kv_heads)
     return (
         f"{dtype} head_dim={head_dim} kv_heads={kv_heads} points={points} lists={lists} "
-        f"entries={_power_of_two(entries)}"
+        f"entries={power_of_two(entries)}"
     )
+
+
+def power_of_two(count: int) -> int:
+    """The smallest one that is not below `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def table_path(device_kind: str) -> Path:
@@ -173,14 +202,18 @@ def _check_entry(entry: Any, name: str) -> None:
 
 
 def _device_table() -> dict[str, dict[str, dict[str, Any]]]:
-    """That of the default device, or of one that differs in its memory alone."""
+    return read(_device_path())
+
+
+def _device_path() -> Path:
+    """Of the table of the default device, or of one that differs in its memory alone."""
     kind = jax.devices()[0].device_kind
     path = table_path(kind)
     if not path.exists():
         relatives = [name for family in _FAMILIES for name in family if _related(kind, family)]
         tables = sorted(FOLDER.glob("*.json"))
         path = next((table for table in tables if _related(table.stem, relatives)), path)
-    return read(path)
+    return path
 
 
 def _related(kind: str, names: Sequence[str]) -> bool:
@@ -189,7 +222,7 @@ def _related(kind: str, names: Sequence[str]) -> bool:
 
 def _kind(source: Source) -> str:
     if isinstance(source, TokenSource):
-        name = "causal" if source.window is None else f"window{_power_of_two(source.window)}"
+        name = "causal" if source.window is None else f"window{power_of_two(source.window)}"
     else:
         name = "range" if source.packed is None else "packed"
     # each further array of queries takes room that a plan has to leave
@@ -200,7 +233,17 @@ def _in_all(groups: Iterable[Iterable[str]]) -> set[str]:
     return set.intersection(*map(set, groups))
 
 
+def _match(key: str, listed: Collection[str]) -> str | None:
+    """The listed key that serves a call's, or None."""
+    found = _nearest(key, listed)
+    dtype, _, rest = key.partition(" ")
+    if found is None and dtype in _TWINS:
+        found = _nearest(f"{_TWINS[dtype]} {rest}", listed)
+    return found
+
+
 def _nearest(key: str, listed: Collection[str]) -> str | None:
+    """The key itself or, where it is not listed, that of the nearest number of rows."""
     if key in listed:
         return key
     shared, found, rows = key.partition(" rows=")
@@ -215,8 +258,3 @@ def _nearest(key: str, listed: Collection[str]) -> str | None:
         return None
     distance = {count: abs(math.log2(count / int(rows))) for count in candidates}
     return candidates[min(candidates, key=lambda count: (distance[count], count))]
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest one that is not below `count`."""
-    return 1 << (count - 1).bit_length()

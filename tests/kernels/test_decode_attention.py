@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from seqeff_kernels import RangeSource, gpu, range_attention
-from seqeff_kernels.decode_attention import CacheBlock, decode_attention, explain, mosaic, triton
-from seqeff_kernels.decode_attention.plan import MAXIMUM_SPLITS, Sizes, plan, query_tile
+from seqeff_kernels.decode_attention import (
+    CacheBlock,
+    decode_attention,
+    execution,
+    explain,
+    mosaic,
+    triton,
+)
+from seqeff_kernels.decode_attention import plan as planning
+from seqeff_kernels.decode_attention.plan import MAXIMUM_SPLITS, Plan, Sizes, plan, query_tile
 from seqeff_kernels.decode_attention.shapes import SHAPES, inputs
 
 SCALE = 0.3
@@ -199,9 +207,11 @@ def test_every_backend_says_whether_it_is_available():
     reasons = explain(*shaped_call())
     assert reasons["reference"] == reasons["xla"] == "available"
     assert "CUDA" in reasons["triton"]
-    assert reasons["auto"] == "takes xla"
-    with pytest.raises(ValueError, match=r"triton.*CUDA"):
-        jax.eval_shape(functools.partial(decode_attention, backend="triton"), *shaped_call())
+    assert reasons["auto"].startswith("takes xla: no kernel can serve: triton (it needs a CUDA")
+    assert reasons["mosaic"] in reasons["auto"]
+    for operation in (decode_attention, execution):
+        with pytest.raises(ValueError, match=r"'triton' cannot serve .* CUDA"):
+            jax.eval_shape(functools.partial(operation, backend="triton"), *shaped_call())
 
 
 @pytest.mark.parametrize(
@@ -253,6 +263,32 @@ def test_auto_takes_the_kernel_only_for_what_is_tested(hopper, monkeypatch):
     assert calls == [64**-0.5]
 
 
+@pytest.mark.parametrize(
+    ("capability", "memory"), [((9, 0), 227), ((8, 0), 163), ((8, 9), 99), ((12, 0), 99)]
+)
+@pytest.mark.parametrize("head_dim", triton.HEAD_DIMS)
+@pytest.mark.parametrize("points", [1, 4, 64, 200])
+def test_plans_are_cut_to_what_the_device_has_room_for(
+    capability, memory, head_dim, points, monkeypatch
+):
+    monkeypatch.setattr(gpu, "compute_capability", lambda: capability)
+    monkeypatch.setattr(planning, "shared_memory", lambda: 1024 * memory)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 2000)
+    sizes = Sizes(batch=1, kv_heads=1, points=points, head_dim=head_dim, entries=1 << 20)
+    planned = plan(sizes, 2)
+    taken = planning.program_memory(sizes, 2, planned.tile_entries, planned.num_stages)
+    assert taken <= 1024 * memory
+    assert planned.tile_entries >= 16 and planned.num_stages >= 2
+    assert planned.splits == MAXIMUM_SPLITS
+
+
+def test_the_plan_of_hopper_is_assumed_without_a_gpu():
+    sizes = Sizes(batch=64, kv_heads=1, points=64, head_dim=256, entries=4096)
+    assert plan(sizes, 2) == Plan(tile_entries=64, splits=2, num_warps=8, num_stages=3)
+    sizes = Sizes(batch=1, kv_heads=8, points=4, head_dim=128, entries=65536)
+    assert plan(sizes, 2) == Plan(tile_entries=64, splits=128, num_warps=4, num_stages=4)
+
+
 def test_plans_fill_the_chip_and_stay_within_it():
     for batch in (1, 3, 64, 512):
         for kv_heads, points in ((32, 1), (8, 4), (1, 64), (1, 256)):
@@ -302,5 +338,13 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_unknown_backend():
     queries, blocks, _ = make_call(10, filled=[([9], 9)])
-    with pytest.raises(ValueError, match="'cudnn' is unknown; give auto"):
-        decode_attention(queries, blocks, backend="cudnn")
+    for operation in (decode_attention, execution):
+        with pytest.raises(ValueError, match="'cudnn' is unknown; give auto"):
+            operation(queries, blocks, backend="cudnn")
+
+
+@pytest.mark.parametrize("scale", [0, -0.5, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    queries, blocks, _ = make_call(11, filled=[([9], 9)])
+    with pytest.raises(ValueError, match="give a positive number"):
+        decode_attention(queries, blocks, scale=scale)

@@ -62,6 +62,10 @@ def test_every_backend_says_whether_it_is_available(arrays):
     reasons = explain(queries, [TokenSource(keys, values)])
     assert reasons["reference"] == reasons["xla"] == "available"
     assert "CUDA" in reasons["cudnn"]
+    assert reasons["auto"].startswith(
+        "takes xla: no kernel can serve: cudnn (it needs a CUDA device"
+    )
+    assert all(reasons[name] in reasons["auto"] for name in ("cudnn", "mosaic", "triton"))
     with pytest.raises(ValueError, match=r"cudnn.*CUDA"):
         range_attention(queries, [TokenSource(keys, values)], backend="cudnn")
 
@@ -130,12 +134,12 @@ def test_auto_takes_what_the_table_lists_as_faster(hopper, tmp_path, monkeypatch
             assert f" {'causal' if window is None else 'window64'} rows=4096" in key
             tuning.record(path, "attention", backend, key, entry)
 
-    # it lists nothing, then one alone, then all
+    # it lists nothing, then all but the first, then all
     assert automatic(queries, [source(None)]) == automatic(queries, [source(64)]) == "cudnn"
-    record("cudnn", {}, {None: 1.0, 64: 3.0})
-    assert automatic(queries, [source(64)]) == "cudnn"
     record("mosaic", dataclasses.asdict(mosaic.Tiles()), {None: 2.0, 64: 1.0})
     record("triton", dataclasses.asdict(triton.plan(64, "bfloat16")), {None: 4.0, 64: 2.0})
+    assert automatic(queries, [source(None)]) == automatic(queries, [source(64)]) == "cudnn"
+    record("cudnn", {}, {None: 1.0, 64: 3.0})
     assert automatic(queries, [source(None)]) == "cudnn"
     assert automatic(queries, [source(64)]) == automatic(queries, [source(50)]) == "mosaic"
     # what cuDNN cannot do goes to the faster of the others, whatever the table says of cuDNN

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mosaic_interpreter import needs_mosaic
 
-from seqeff_kernels import TokenSource, tuning
+from seqeff_kernels import TokenSource, range_attention, tuning
 from seqeff_kernels.range_attention import cudnn, executed_flops, execution, mosaic, triton
 from seqeff_kernels.range_attention.shapes import Shape, separator_sources, tokens
 
@@ -57,7 +57,7 @@ def flops_of(queries, sources, sizes, products):
 def test_the_tiles_are_those_of_the_listed_plan(call, listed):
     queries, sources = call
     listed("mosaic", TILES)
-    found = execution(queries, sources, backend="mosaic")
+    found = mosaic.execution(queries, sources)
     assert mosaic.Tiles(**found.plan) == TILES
     assert found.deterministic
     sizes = [(64, 64), (64, 128)]
@@ -72,7 +72,7 @@ def test_plans_that_do_not_fit_are_told_as_they_run(call):
     entries = jax.ShapeDtypeStruct((2, 700, 2, 128), jnp.bfloat16)
     wide = [dataclasses.replace(s, keys=entries, values=entries) for s in (far, near, near)]
     wide[2] = dataclasses.replace(wide[2], queries=jax.ShapeDtypeStruct(like.shape, like.dtype))
-    found = execution(like, wide, backend="mosaic")
+    found = mosaic.execution(like, tuple(wide))
     assert found.plan["buffers"] == 1 and not found.plan["take_turns"]
 
 
@@ -81,7 +81,7 @@ def test_walks_are_what_the_mosaic_kernels_read(call):
     from seqeff_kernels.range_attention.mosaic.gradients import entry_visits
 
     queries, sources = call
-    backward = execution(queries, sources, backend="mosaic").backward
+    backward = mosaic.execution(queries, sources).backward
     for index, source in enumerate(sources):
         (walk,) = (w for w in backward if w.source == index and w.products == 4)
         padded = [(0, 0), (0, 0), (0, -700 % walk.tile_rows)]
@@ -94,7 +94,7 @@ def test_walks_are_what_the_mosaic_kernels_read(call):
 
 def test_walks_are_what_the_triton_kernels_read(call):
     queries, sources = call
-    found = execution(queries, sources, backend="triton")
+    found = triton.execution(queries, sources)
     for walk in (*found.forward, *found.backward):
         source = sources[walk.source].listed(700)
         if walk.products < 4:
@@ -123,6 +123,16 @@ def test_the_portable_form_tells_its_tiles(call):
     assert executed_flops(queries, sources, found.backward) == 2.5 * executed_flops(
         queries, sources, found.forward
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("flash", "'flash' is unknown; give auto"), ("triton", "'triton' cannot serve .* CUDA")],
+)
+def test_a_backend_that_does_not_serve_is_refused_as_by_the_operation(call, backend, message):
+    for operation in (execution, range_attention):
+        with pytest.raises(ValueError, match=message):
+            operation(*call, backend=backend)
 
 
 def test_cudnn_is_not_deterministic_unless_asked(call, monkeypatch):

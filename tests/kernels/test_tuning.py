@@ -1,10 +1,14 @@
 """Tables of tuned plans, and the search that fills them; no GPU is needed."""
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
+import re
+import sys
+import textwrap
+from time import sleep
 from types import SimpleNamespace
 
 import jax
@@ -24,15 +28,15 @@ def table(tmp_path, monkeypatch):
     return tuning.table_path(jax.devices()[0].device_kind)
 
 
-def key(rows, window=64):
-    entries = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+def key(rows, window=64, dtype=jnp.bfloat16):
+    entries = jax.ShapeDtypeStruct((1, 256, 2, 64), dtype)
     bounds = jax.ShapeDtypeStruct((1, rows), jnp.int32)
     packed = PackedIndices(bounds, bounds)
     sources = (
         RangeSource(entries, entries, bounds, bounds, packed=packed),
         TokenSource(entries, entries, window=window),
     )
-    queries = jax.ShapeDtypeStruct((1, rows, 4, 64), jnp.bfloat16)
+    queries = jax.ShapeDtypeStruct((1, rows, 4, 64), dtype)
     return tuning.attention_key(queries, sources)
 
 
@@ -92,6 +96,36 @@ def test_decoding_takes_only_its_own_sizes(table):
     tuning.record(table, "decode", "triton", near, entry({"splits": 3}))
     assert tuning.choose("decode", "triton", tuning.decode_key(entries=513, **sizes))
     assert tuning.choose("decode", "triton", tuning.decode_key(entries=512, **sizes)) is None
+
+
+def test_the_other_16_bit_type_serves(table):
+    half = functools.partial(key, dtype=jnp.float16)
+    for rows in (512, 2048):
+        tuning.record(table, "attention", "triton", key(rows), entry({"rows": rows}, forward=2.0))
+        tuning.record(table, "attention", "mosaic", key(rows), entry({}, forward=1.0))
+    assert tuning.choose("attention", "triton", half(2048)) == {"rows": 2048}
+    assert tuning.choose("attention", "triton", half(1)) == {"rows": 512}
+    assert tuning.fastest("attention", half(512), ("triton", "mosaic")) == "mosaic"
+    assert tuning.choose("attention", "triton", key(512, dtype=jnp.float32)) is None
+    # a type's own entries come first, of other rows too
+    tuning.record(table, "attention", "triton", half(512), entry({"rows": "half"}))
+    assert tuning.choose("attention", "triton", half(2048)) == {"rows": "half"}
+    assert tuning.choose("attention", "triton", key(2048)) == {"rows": 2048}
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"worker": 3}, "unexpected keyword argument 'worker'"),
+        ({"take_turns": True, "buffers": 1}, "take_turns with 2 workers needs 2 buffers"),
+    ],
+)
+def test_fields_that_are_no_plan_are_named(plan, message, table):
+    tuning.record(table, "attention", "mosaic", key(512), entry(plan))
+    with pytest.raises(ValueError, match=message) as refused:
+        tuning.planned("attention", "mosaic", key(1024), mosaic.Tiles, mosaic.Tiles)
+    assert str(table) in str(refused.value)
+    assert f"attention mosaic {key(512)!r}" in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}x", '{"attention": {"triton": {"key": {}}}}', "3"])
@@ -173,9 +207,69 @@ def test_a_search_without_a_working_candidate_writes_nothing(tmp_path, capsys):
         raise NotImplementedError("no")
 
     assert tune.search(mosaic.Tiles(), tune.MOSAIC_STEPS, timer) is None
-    tune._record(tmp_path / "x.json", "attention", "mosaic", "key", None, contextlib.nullcontext)
+    written = tune.Journal(tmp_path / "journal")
+    assert not tune._record(tmp_path / "x.json", "attention", "mosaic", "key", None, written)
     assert not list(tmp_path.iterdir())
     assert "no candidate works" in capsys.readouterr().out
+
+
+def test_a_step_without_a_working_candidate_keeps_the_plan_of_earlier_ones():
+    def timer(plan, timed):
+        if timed == "training":
+            raise NotImplementedError("no")
+        return 1.0 / plan.workers
+
+    steps = (tune.Step("forward", ({"workers": 3},)), tune.Step("training", ({"buffers": 1},)))
+    start = mosaic.Tiles(take_turns=False)
+    found = tune.search(start, steps, timer)
+    assert found == (dataclasses.replace(start, workers=3), {"forward": 1 / 3})
+
+
+def test_the_journal_keeps_times_and_reasons(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    path.touch()
+    called = []
+
+    def timer(plan, timed):
+        called.append(plan)
+        if plan == "bad":
+            raise RuntimeError("no room\nand more")
+        return 2.0
+
+    for _ in range(2):
+        timed = tune.Journal(path).timed("triton key", timer)
+        assert timed("good", "forward") == 2.0
+        with pytest.raises(tune.Skipped, match=r"^RuntimeError: no room$"):
+            timed("bad", "forward")
+    assert called == ["good", "bad"]
+    # another pass, another backend
+    assert timed("good", "training") == tune.Journal(path).timed("mosaic", timer)("good", "forward")
+    assert len(called) == 4
+    monkeypatch.setattr(tune.Journal, "_device_works", lambda _: False)
+    with pytest.raises(SystemExit, match="the device is unusable: RuntimeError: no room"):
+        timed("bad", "training")
+    assert tune.Journal(path).begun() == "triton key training bad"
+
+
+def test_the_journal_tells_who_waits(tmp_path):
+    path, lock = tmp_path / "journal", tmp_path / "lock"
+    for file in (path, lock):
+        file.touch()
+    first, second = tune.Journal(path, lock), tune.Journal(tmp_path / "other", lock)
+    (tmp_path / "other").touch()
+
+    def use():
+        with second.alone():
+            pass
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with first.alone():
+            assert not first.waits()
+            held = pool.submit(use)
+            while not second.waits():
+                sleep(0.01)
+        held.result()
+    assert not second.waits()
 
 
 def test_every_candidate_is_a_plan():
@@ -213,12 +307,20 @@ def test_every_choice_of_candidates_is_a_plan():
 QUICKSTART = ("attention", "quickstart", "--window", "64", "--kind", "separators")
 
 
+@pytest.fixture
+def journal(tmp_path):
+    """The arguments of a task's process."""
+    path = tmp_path / "journal"
+    path.touch()
+    return ("--journal", str(path))
+
+
 def fake_timing(monkeypatch):
     """Times by the plan alone, without running anything."""
 
-    def time(function, sets, seconds, alone):
+    def time(function, sets, seconds, journal):
         assert seconds > 0
-        with alone():
+        with journal.alone():
             pass
         jax.eval_shape(function, *sets[0])
         return 1.0
@@ -235,7 +337,9 @@ def ones(make, *given):
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), made)
 
 
-def test_tuning_attention_writes_the_best_plan_of_each_backend(table, monkeypatch, tmp_path):
+def test_tuning_attention_writes_the_best_plan_of_each_backend(
+    table, monkeypatch, tmp_path, journal
+):
     fake_timing(monkeypatch)
     timed = []
 
@@ -252,7 +356,7 @@ def test_tuning_attention_writes_the_best_plan_of_each_backend(table, monkeypatc
     monkeypatch.setattr(tune, "explain", lambda *_: answers)
     monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
     path = tmp_path / "made/here.json"
-    assert tune.main([*QUICKSTART, "--table", str(path)]) == 0
+    assert tune.main([*QUICKSTART, *journal, "--table", str(path)]) == 0
     written = json.loads(path.read_text())
     expected = "bfloat16 head_dim=64 group=1 packed+window64 rows=256"
     assert list(written) == ["attention"]
@@ -264,7 +368,7 @@ def test_tuning_attention_writes_the_best_plan_of_each_backend(table, monkeypatc
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_is_listed_is_not_tuned_again(table, monkeypatch):
+def test_what_is_listed_is_not_tuned_again(table, monkeypatch, journal):
     fake_timing(monkeypatch)
     monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
     listed = "bfloat16 head_dim=64 group=1 packed+window64 rows=256"
@@ -272,21 +376,24 @@ def test_what_is_listed_is_not_tuned_again(table, monkeypatch):
         tuning.record(table, "attention", backend, listed, entry({}))
     before = table.read_text()
     monkeypatch.setattr(tune, "search", None)
-    assert tune.main([*QUICKSTART, "--missing"]) == 0
+    assert tune.main([*QUICKSTART, *journal, "--missing"]) == 0
     assert table.read_text() == before
     monkeypatch.setattr(tune, "explain", lambda *_: dict.fromkeys(tune.BACKENDS, "available"))
     with pytest.raises(TypeError):
-        tune.main([*QUICKSTART, "--backend", "triton"])
+        tune.main([*QUICKSTART, *journal, "--backend", "triton"])
+    # one that can serve has no plan
+    monkeypatch.setattr(tune, "search", lambda *_: None)
+    assert tune.main([*QUICKSTART, *journal, "--backend", "triton"]) == 1
 
 
-def test_tuning_decoding(table, monkeypatch, capsys):
+def test_tuning_decoding(table, monkeypatch, capsys, journal):
     fake_timing(monkeypatch)
     backend = SimpleNamespace(
         obstacle=lambda *_: None, attend=lambda queries, blocks, new, scale, plan: (queries, None)
     )
     monkeypatch.setattr(tune, "decode_triton", backend)
     monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
-    assert tune.main(["decode", "odd"]) == 0
+    assert tune.main(["decode", "odd", *journal]) == 0
     key = tuning.decode_key(
         dtype="bfloat16", head_dim=64, kv_heads=2, points=6, batch=2, entries=1066
     )
@@ -301,14 +408,14 @@ def test_several_tasks_run_in_processes_of_their_own(monkeypatch, tmp_path, caps
     monkeypatch.setattr(tune.gpu, "compute_capability", lambda: (9, 0))
     called = []
 
-    def run(call, **_):
+    def run(call, journal, timeout):
         called.append(call)
+        assert timeout == 7 and not journal.waits()
         failed = "128" in call
-        return SimpleNamespace(returncode=int(failed), stdout="  best\n", stderr="out of memory")
+        return int(failed), "  best\n", "out of memory"
 
-    monkeypatch.setattr(tune.subprocess, "run", run)
-    monkeypatch.setattr(tune, "__spec__", SimpleNamespace(name="seqeff_kernels.tune"), False)
-    arguments = ["attention", "wide-2k", "--window", "64", "128", "--missing"]
+    monkeypatch.setattr(tune, "_run_process", run)
+    arguments = ["attention", "wide-2k", "--window", "64", "128", "--missing", "--timeout", "7"]
     assert tune.main([*arguments, "--table", str(tmp_path / "x.json"), "--processes", "2"]) == 1
     assert sorted(call[3:9] for call in called) == [
         ["attention", "wide-2k", "--kind", "causal", "--table", str(tmp_path / "x.json")],
@@ -319,8 +426,86 @@ def test_several_tasks_run_in_processes_of_their_own(monkeypatch, tmp_path, caps
         ),
     ]
     assert all("--missing" in call and "--lock" in call for call in called)
+    assert len({call[call.index("--journal") + 1] for call in called}) == 5
     printed = capsys.readouterr().out
     assert printed.count("best") == 5 and printed.count("out of memory") == 2
+
+
+# a task's process whose second candidate fails, and whose first and third do not
+PROCESS = """
+    import os, sys, time
+    from pathlib import Path
+    from types import SimpleNamespace
+    from seqeff_kernels import tune
+    from seqeff_kernels.decode_attention.plan import Plan
+
+    def timer(plan, timed):
+        with open({timed!r}, "a") as file:
+            file.write(f"{{plan.splits}} ")
+        if plan.splits == 2:
+            {failure}
+        return 1.0 / plan.splits
+
+    def tune_decode(task, path, journal, missing):
+        steps = [tune.Step("call", [{{"splits": 2}}, {{"splits": 3}}])]
+        start = Plan(tile_entries=64, splits=1, num_warps=4, num_stages=3)
+        with journal.alone():
+            pass
+        found = tune.search(start, steps, journal.timed("triton key", timer))
+        return tune._record(path, "decode", "triton", "key", found, journal)
+
+    tune.gpu.compute_capability = lambda: (9, 0)
+    tune.tune_decode = tune_decode
+    sys.exit(tune.main())
+"""
+STICKY = (
+    "tune.Journal._device_works = lambda _: False; raise RuntimeError('CUDA_ERROR_ILLEGAL_ADDRESS')"
+)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason", "seconds"),
+    [
+        ("os.abort()", "its process ended with signal 6", 600),
+        ("time.sleep(1000)", "no progress in 20 s", 20),
+        (STICKY, "its process ended with status 1: the device is unusable: .*ILLEGAL_ADDRESS", 600),
+        ("raise RuntimeError('refused')", "RuntimeError: refused", 600),
+    ],
+    ids=["aborts", "hangs", "sticky", "refused"],
+)
+def test_a_candidate_that_ends_its_process_is_skipped(
+    failure, reason, seconds, monkeypatch, tmp_path, capsys
+):
+    timed, table, script = (tmp_path / name for name in ("timed", "table.json", "process.py"))
+    script.write_text(textwrap.dedent(PROCESS).format(timed=str(timed), failure=failure))
+    monkeypatch.setattr(tune, "_PROGRAM", (sys.executable, str(script)))
+    monkeypatch.setattr(tune.gpu, "compute_capability", lambda: (9, 0))
+    arguments = ["decode", "odd", "--table", str(table), "--timeout", str(seconds)]
+    assert tune.main([*arguments, "--processes", "1"]) == 0
+    # none is timed twice
+    assert timed.read_text() == "1 2 3 "
+    assert tuning.read(table)["decode"]["triton"]["key"]["plan"]["splits"] == 3
+    printed = capsys.readouterr().out
+    assert re.search(rf"skipped  Plan\(.*splits=2.*\): {reason}", printed)
+    assert printed.count(" ms ") == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("raise SystemExit('no memory')", "status 1\nno memory"), ("while True: pass", "no progress")],
+)
+def test_a_process_that_ends_without_a_candidate_is_a_failure(script, reason, tmp_path, capsys):
+    path = tmp_path / "journal"
+    path.touch()
+    assert not tune._run_task([sys.executable, "-c", script], tune.Journal(path), 1.0)
+    assert reason in capsys.readouterr().out
+
+
+def test_a_process_that_waits_for_the_device_is_not_ended(tmp_path):
+    path = tmp_path / "journal"
+    path.write_text('{"waits": true}\n')
+    call = [sys.executable, "-c", "import time; time.sleep(1)"]
+    assert tune._run_process(call, tune.Journal(path), 0.1) == (0, "", "")
 
 
 @pytest.mark.parametrize("kind", tune.KINDS)
@@ -343,8 +528,9 @@ def test_the_fastest_that_is_listed(table):
         tuning.record(table, "attention", backend, key(1024), found)
     assert tuning.fastest("attention", key(1024), ("cudnn", "mosaic")) == "mosaic"
     assert tuning.fastest("attention", key(900), tuple(listed)) == "triton"
-    # of one alone nothing is known
+    # of one alone nothing is known, nor without the one that is preferred
     assert tuning.fastest("attention", key(1024), ("cudnn", "xla")) is None
+    assert tuning.fastest("attention", key(1024), ("xla", "mosaic", "triton")) is None
     assert tuning.fastest("attention", key(1024, window=256), tuple(listed)) is None
 
 

@@ -60,7 +60,7 @@ def decode_attention(
       blocks: one or more, all of the queries' head_dim and of one number of KV heads.
       new: keys and values of the query rows themselves, causal among each other; None where the
         blocks hold them already.
-      scale: of the scores; None: `head_dim ** -0.5`.
+      scale: of the scores, positive; None: `head_dim ** -0.5`.
       backend: `auto` takes the GPU kernel only for what it is tested on, else the portable form.
 
     Returns:
@@ -72,16 +72,10 @@ def decode_attention(
     """
     blocks = tuple(blocks)
     check(queries, blocks, new)
-    if backend == "auto":
-        chosen = _BACKENDS[automatic(queries, blocks, new=new)]
-    elif backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
-    else:
-        chosen = _BACKENDS[backend]
-        obstacle = chosen.obstacle(queries, blocks, new)
-        if obstacle:
-            raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
     factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not factor > 0:
+        raise ValueError(f"scale is {scale}; give a positive number, or None")
+    chosen = _BACKENDS[_serving(backend, queries, blocks, new)]
     return _attend(chosen.attend, factor, queries, blocks, new)
 
 
@@ -112,9 +106,16 @@ def execution(
     new: NewEntries | None = None,
     backend: Backend = "auto",
 ) -> Execution:
-    """How a call is served by a backend, or by the one that `auto` takes; as `explain`."""
+    """How a call is served by a backend, or by the one that `auto` takes.
+
+    Reads shapes and dtypes only, as `explain` does.
+
+    Raises:
+      ValueError: as in `decode_attention`.
+    """
     blocks = tuple(blocks)
-    name = automatic(queries, blocks, new=new) if backend == "auto" else backend
+    check(queries, blocks, new)
+    name = _serving(backend, queries, blocks, new)
     if name not in _KERNELS:
         return Execution(name, {})
     plan = _BACKENDS[name].chosen_plan(queries, blocks, new)
@@ -129,8 +130,8 @@ def explain(
 ) -> dict[str, str]:
     """For every backend, 'available' or why it cannot serve this attention here.
 
-    Under 'auto' is what it takes and, where that is the portable form although a kernel could
-    serve, why. Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
+    Under 'auto' is what it takes and, where that is the portable form, why no kernel is taken.
+    Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
     """
     blocks = tuple(blocks)
     taken = automatic(queries, blocks, new=new)
@@ -139,7 +140,25 @@ def explain(
         for name, backend in _BACKENDS.items()
     }
     passed_over = [name for name in _KERNELS if answers[name] == "available"]
-    return {"auto": gpu.say_taken(taken, passed_over, queries), **answers}
+    said = gpu.say_taken(taken, passed_over, queries)
+    if taken == "xla" and not passed_over:
+        reasons = ", ".join(f"{name} ({answers[name]})" for name in _KERNELS)
+        said += f": no kernel can serve: {reasons}"
+    return {"auto": said, **answers}
+
+
+def _serving(
+    backend: str, queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None
+) -> str:
+    """The backend asked for, or what `auto` takes; raises ValueError where it cannot serve."""
+    if backend == "auto":
+        return automatic(queries, blocks, new=new)
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
+    obstacle = _BACKENDS[backend].obstacle(queries, blocks, new)
+    if obstacle:
+        raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
+    return backend
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(0, 1))

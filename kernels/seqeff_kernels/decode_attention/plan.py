@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import jax
 from jax import Array
 
-from seqeff_kernels import tuning
+from seqeff_kernels import gpu, tuning
 from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries, distinct_queries
+from seqeff_kernels.tuning import power_of_two
 
 MAXIMUM_SPLITS = 256
 
-# of an H200: multiprocessors, and the bytes of shared memory of each
-_PROCESSORS = 132
-_SHARED_MEMORY = 227 * 1024
+_HOPPER = (9, 0)
+# of shared memory, where Triton does not multiply by wgmma
 _SCRATCH = 8 * 1024
-# points from which on Triton multiplies by wgmma
+# points from which on it does on Hopper
 _WIDE_POINTS = 64
+_LEAST_TILE, _LEAST_STAGES = 16, 2
 # of one tile of keys: two programs share a multiprocessor, each with two tiles on their way
 _TILE_BYTES = 16 * 1024
 # of the entries of a split: hides a program's start and end, and evens out the last wave
@@ -90,24 +92,32 @@ class Plan:
 
 
 def plan(sizes: Sizes, itemsize: int) -> Plan:
-    """The plan where nothing is tuned; `itemsize` is of an element of the keys."""
+    """The plan where nothing is tuned: what the default device has room for, and fills it.
+
+    Args:
+      itemsize: bytes of an element of the keys.
+    """
     points, head_dim, entries = sizes.points, sizes.head_dim, sizes.entries
     row_bytes = power_of_two(head_dim) * itemsize
     wide = query_tile(points) >= _WIDE_POINTS
-    tile = max(64 if wide else 16, min(128, _TILE_BYTES // row_bytes))
-    tile = min(tile, max(16, power_of_two(entries)))
-    if wide:
-        warps, stages = (8 if row_bytes >= 512 else 4), 3
-        shared = (2 * stages * tile + query_tile(points)) * row_bytes
-    else:
-        warps, stages = 4, 4
-        shared = 2 * (stages - 1) * tile * row_bytes + _SCRATCH
-    resident = max(1, _SHARED_MEMORY // shared)
+    tile = max(64 if wide else _LEAST_TILE, min(128, _TILE_BYTES // row_bytes))
+    tile = min(tile, max(_LEAST_TILE, power_of_two(entries)))
+    warps = 8 if wide and row_bytes >= 512 else 4
+    stages = most = 3 if wide else 4
+    memory = shared_memory()
+    while (taken := program_memory(sizes, itemsize, tile, stages)) > memory:
+        if stages > _LEAST_STAGES:
+            stages -= 1
+        elif tile > _LEAST_TILE:
+            tile, stages = tile // 2, most
+        else:
+            break
+    resident = max(1, memory // taken)
 
     programs = sizes.batch * sizes.kv_heads * -(-points // query_tile(points))
     read = 2 * entries * head_dim * itemsize
     partial = 2 * points * head_dim * 4
-    fill = _PROCESSORS * resident // programs
+    fill = gpu.multiprocessors() * resident // programs
     even = min(read // _SPLIT_BYTES, int(_PARTIAL_SHARE * read / partial))
     most = min(MAXIMUM_SPLITS, -(-entries // (2 * tile)))
     return Plan(
@@ -123,6 +133,20 @@ def query_tile(points: int) -> int:
     return max(16, min(64, power_of_two(points)))
 
 
-def power_of_two(count: int) -> int:
-    """The smallest one that is not below `count`."""
-    return 1 << (count - 1).bit_length()
+def shared_memory() -> int:
+    """Bytes that a program of the default device may take; Hopper's where it is not a GPU."""
+    return getattr(jax.devices()[0], "shared_memory_per_block_optin", 227 * 1024)
+
+
+def program_memory(sizes: Sizes, itemsize: int, tile_entries: int, stages: int) -> int:
+    """Bytes of shared memory of a program, or somewhat more.
+
+    Args:
+      itemsize: bytes of an element of the keys.
+    """
+    row_bytes = power_of_two(sizes.head_dim) * itemsize
+    queries = query_tile(sizes.points)
+    if queries < _WIDE_POINTS:
+        return 2 * (stages - 1) * tile_entries * row_bytes + _SCRATCH
+    wgmma = gpu.compute_capability() in (None, _HOPPER)
+    return (2 * stages * tile_entries + queries) * row_bytes + (0 if wgmma else _SCRATCH)

@@ -63,16 +63,7 @@ def range_attention(
     factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
     if not factor > 0:
         raise ValueError(f"scale is {scale}; give a positive number, or None")
-    if backend == "auto":
-        chosen = _BACKENDS[automatic(queries, sources)]
-    elif backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
-    else:
-        chosen = _BACKENDS[backend]
-        obstacle = chosen.obstacle(queries, sources)
-        if obstacle:
-            raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
-    return chosen.attend(queries, sources, factor)
+    return _BACKENDS[_serving(backend, queries, sources)].attend(queries, sources, factor)
 
 
 def automatic(queries: Float[Array, "batch rows heads head_dim"], sources: Sequence[Source]) -> str:
@@ -96,10 +87,16 @@ def execution(
     *,
     backend: Backend = "auto",
 ) -> Execution:
-    """How a call is served by a backend, or by the one that `auto` takes; as `explain`."""
+    """How a call is served by a backend, or by the one that `auto` takes.
+
+    Reads shapes and dtypes only, as `explain` does.
+
+    Raises:
+      ValueError: as in `range_attention`.
+    """
     sources = tuple(sources)
-    name = automatic(queries, sources) if backend == "auto" else backend
-    return _BACKENDS[name].execution(queries, sources)
+    _check(queries, sources)
+    return _BACKENDS[_serving(backend, queries, sources)].execution(queries, sources)
 
 
 def explain(
@@ -107,8 +104,8 @@ def explain(
 ) -> dict[str, str]:
     """For every backend, 'available' or why it cannot serve this attention here.
 
-    Under 'auto' is what it takes and, where that is the portable form although a kernel could
-    serve, why. Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
+    Under 'auto' is what it takes and, where that is the portable form, why no kernel is taken.
+    Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
     """
     sources = tuple(sources)
     taken = automatic(queries, sources)
@@ -117,7 +114,23 @@ def explain(
         for name, backend in _BACKENDS.items()
     }
     passed_over = [name for name in _KERNELS if answers[name] == "available"]
-    return {"auto": gpu.say_taken(taken, passed_over, queries), **answers}
+    said = gpu.say_taken(taken, passed_over, queries)
+    if taken == "xla" and not passed_over:
+        reasons = ", ".join(f"{name} ({answers[name]})" for name in _KERNELS)
+        said += f": no kernel can serve: {reasons}"
+    return {"auto": said, **answers}
+
+
+def _serving(backend: str, queries: Array, sources: tuple[Source, ...]) -> str:
+    """The backend asked for, or what `auto` takes; raises ValueError where it cannot serve."""
+    if backend == "auto":
+        return automatic(queries, sources)
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
+    obstacle = _BACKENDS[backend].obstacle(queries, sources)
+    if obstacle:
+        raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
+    return backend
 
 
 def _check(queries: Array, sources: tuple[Source, ...]) -> None:
