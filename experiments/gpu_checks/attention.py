@@ -35,6 +35,8 @@ from seqeff.runs import versions
 # relative errors: of all of a result, and of any of its rows
 _TOLERANCE = 1e-2
 _ROW_TOLERANCES = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-2}
+# of the portable form's error in a row, where that exceeds the tolerance
+_MARGIN = 1.5
 _REPEATS = 100
 _SECONDS = 540  # of a process, after which its remaining checks have failed
 _CASES: tuple[RangeCase | DecodeCase, ...] = (*RANGE_CASES, *DECODE_CASES)
@@ -65,11 +67,19 @@ def check(case: RangeCase | DecodeCase, repeats: int) -> dict[str, Any]:
     )
     mates = _ignores_batch_mates(kernel, arrays, found, steady)
     later = _ignores_later_tokens(kernel, case, inputs, found)
-    close = max(errors) < _TOLERANCE and max(row_errors) < _ROW_TOLERANCES[case.dtype]
+    allowed = [_ROW_TOLERANCES[case.dtype]] * len(found)
+    if any(a >= b for a, b in zip(row_errors, allowed, strict=True)):
+        # a row whose sum cancels is as far in any form of this dtype
+        portable = jax.jit(lambda x: case.run("xla", x, restore))(arrays)
+        usual = [_errors(*pair)[1] for pair in zip(portable, exact, strict=True)]
+        allowed = [max(a, _MARGIN * b) for a, b in zip(allowed, usual, strict=True)]
+    close = max(errors) < _TOLERANCE
+    close &= all(a < b for a, b in zip(row_errors, allowed, strict=True))
     return {
         **case.describe(),
         "relative_errors": [float(f"{error:.2g}") for error in errors],
         "greatest_row_errors": [float(f"{error:.2g}") for error in row_errors],
+        "allowed_row_errors": [float(f"{error:.2g}") for error in allowed],
         "runs_with_the_same_bits": repeats if again else 0,
         "same_bits_with_other_batch_mates": mates,
         "same_bits_with_other_later_tokens": later,
