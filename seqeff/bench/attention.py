@@ -24,6 +24,7 @@ from seqeff_kernels.range_attention import (
     RangeSource,
     TokenSource,
     cost,
+    cudnn,
     executed_flops,
     execution,
     explain,
@@ -201,8 +202,8 @@ class _Call:
 
 def _dense_call(inputs: list[tuple[Array, ...]]) -> _Call:
     queries, keys, values, *_ = inputs[0]
-    sources = [TokenSource(keys, values)]
-    served = execution(queries, sources, backend="cudnn")
+    sources = (TokenSource(keys, values),)
+    served = cudnn.execution(queries, sources)
     return _Call(BASELINE, None, _cudnn, inputs, sources, served, cost(queries, sources))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -32,7 +33,7 @@ _LOOP = 1000
 
 HEADER = (
     f"{'config':34}{'batch':>6}{'prompt':>11}{'chunk':>6}{'prompt s':>10}{'tokens/s':>11}"
-    f"{'tokens':>8}{'ms/step':>9}{'tokens/s':>10}{'cache GiB':>11}{'read':>8}"
+    f"{'tokens':>8}{'ms/step':>9}{'tokens/s':>10}{'cache GiB':>11}{'read':>10}{'at most':>10}"
 )
 
 
@@ -60,7 +61,8 @@ def line(row: dict[str, Any]) -> str:
     return begin + (
         f"{row['prompt_seconds']:10.3f}{row['prompt_tokens_per_second']:11,}{row['tokens']:8,}"
         f"{row['milliseconds']:9.4f}{row['tokens_per_second']:10,}"
-        f"{row['cache_bytes'] / 2**30:11.3f}{row['entries_read']:8,.1f}"
+        f"{row['cache_bytes'] / 2**30:11.3f}{row['entries_read']:10,.1f}"
+        f"{row['entries_resident']:10,}"
     )
 
 
@@ -115,18 +117,20 @@ def _measure(
     jax.block_until_ready(cache)
     prompt_seconds = time.perf_counter() - begin
 
-    times = []
+    count_entries = jax.jit(functools.partial(entries_of_cache, config))
+    times, reads, residents = [], [], []
     for _ in range(loops + 1):
+        before = _states(cache)
         begin = time.perf_counter()
-        given, cache = go_on(parameters, cache, given)
+        given, taken, cache = go_on(parameters, cache, given)
         jax.block_until_ready(given)
         times.append((time.perf_counter() - begin) / length)
+        read, resident = count_entries(before, taken, jnp.full(batch, length, jnp.int32))
+        reads.append(float(read.mean()))
+        residents.append(int(resident.max()))
     # the first was slower to begin
-    times = times[1:]
+    times, reads = times[1:], reads[1:]
     seconds = sum(times) / loops
-    entries, resident = jax.jit(functools.partial(entries_of_cache, config))(
-        cache, given[:, None], jnp.ones(batch, jnp.int32)
-    )
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "device": jax.devices()[0].device_kind,
@@ -140,9 +144,15 @@ def _measure(
         "cache_bytes": cache_bytes,
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(parameters)),
         "peak_bytes": memory.get("peak_bytes_in_use"),
-        "entries_read": round(float(entries.mean()), 1),
-        "entries_resident": int(resident.max()),
+        "entries_read": round(sum(reads) / loops, 1),
+        "entries_resident": max(residents),
     }
+
+
+def _states(cache: Cache) -> Cache:
+    """A copy of what says which entries there are, without keys and values."""
+    layers = tuple(dataclasses.replace(run, arrays=()) for run in cache.layers)
+    return jax.tree.map(jnp.copy, cache._replace(layers=layers))
 
 
 def _take(
@@ -168,13 +178,15 @@ def _tokens(
 
 def _go_on(
     config: TransformerConfig, length: int, parameters: Any, cache: Cache, given: Array
-) -> tuple[Array, Cache]:
-    """Generates so many tokens after the given ones; gives the last."""
+) -> tuple[Array, Int[Array, "batch length"], Cache]:
+    """Generates so many tokens after the given ones; gives the last, and those taken in."""
     model = CachedTransformer.of(config, parameters)
 
-    def step(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], None]:
+    def step(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
         given, cache = carry
         hidden, cache = model.extend(given[:, None], cache)
-        return (jnp.argmax(model.logits(hidden)[:, 0], axis=-1).astype(jnp.int32), cache), None
+        drawn = jnp.argmax(model.logits(hidden)[:, 0], axis=-1).astype(jnp.int32)
+        return (drawn, cache), given
 
-    return jax.lax.scan(step, (given, cache), length=length)[0]
+    (given, cache), taken = jax.lax.scan(step, (given, cache), length=length)
+    return given, taken.T, cache
