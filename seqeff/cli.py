@@ -57,6 +57,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+_METHODS = ("dense", "streamingllm", "own")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="seqeff",
@@ -89,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
     text = "read these texts as streams, in constant memory, with and without separators"
     evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
+    text = "with --streaming: the model without a stream, StreamingLLM, its own (default: all)"
+    evaluate.add_argument("--method", nargs="+", choices=_METHODS, help=text)
     text = "with --streaming: besides, streams that go on from book to book"
     evaluate.add_argument("--carry", action="store_true", help=text)
     text = "with --streaming: a line for each book too"
@@ -103,8 +108,12 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = command("generate", _generate, "Continue a prompt with a run's model.", True)
     generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    generate.add_argument("--prompt", required=True)
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="printed before its continuation")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt of any length")
     generate.add_argument("--tokens", type=_positive, default=200, help="at most (default: 200)")
+    text = "of prompt and continuation, where caches grow (default: the run's row)"
+    generate.add_argument("--context", type=_positive, metavar="TOKENS", help=text)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
     generate.add_argument("--top-k", type=_positive, help="draw among the likeliest (default: all)")
     generate.add_argument("--seed", type=int, default=0)
@@ -251,6 +260,12 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     run, config, tokenizer = _open(options, overrides)
     if options.streaming:
         return _stream(options, overrides, run, config, tokenizer)
+    if any(getattr(x, "cache_entries", None) is not None for x in config.model.attentions()):
+        print(
+            "seqeff: held-out rows are scored with the mask, not with the cache of "
+            "SeparatorAttention.cache_entries; --streaming BOOK... reads through that",
+            file=sys.stderr,
+        )
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
@@ -272,7 +287,7 @@ def _check_evaluation(options: argparse.Namespace) -> None:
     """Refuses options that would do nothing."""
     if options.streaming and options.batches:
         raise UserError("--batches is of held-out documents; leave it out with --streaming")
-    for name in ("carry", "per_book", "chunk", "state", "json"):
+    for name in ("method", "carry", "per_book", "chunk", "state", "json"):
         if getattr(options, name) and not options.streaming:
             raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
 
@@ -291,9 +306,13 @@ def _stream(
     from seqeff.training.program import run_model
 
     model, sizes = run_model(config, tokenizer.vocabulary()), tokenizer.byte_lengths()
+    wanted = options.method or _METHODS
+    variants = comparison.methods(model)
+    own = list(variants)[-1]
     streams = {
         name: Stream(variant, sizes, options.chunk or 512)
-        for name, variant in comparison.methods(model).items()
+        for name, variant in variants.items()
+        if name.lower() in wanted or (name == own and "own" in wanted)
     }
     books = comparison.read_books(tokenizer, options.streaming)
     require_positions(model, books, options.carry)
@@ -307,11 +326,12 @@ def _stream(
     print(comparison.HEADER, flush=True)
     with jax.set_mesh(program.mesh):
         for method, book, result in comparison.compare(
+            model,
             streams,
             parameters,
             tokenizer,
             books,
-            length=length,
+            length=length if "dense" in wanted else None,
             carry=options.carry,
             state=options.state,
         ):
@@ -338,23 +358,29 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         generation_context,
     )
 
-    try:
-        options.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is not valid text: {error}") from error
+    text = _prompt(options)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
     run, config, tokenizer = _open(options, overrides)
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
-    context = generation_context(model, length)
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt)]
+    context = generation_context(model, options.context or length)
+    if context is None and options.context:
+        raise UserError("--context is for caches that grow; this model's do not: leave it out")
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(text)]
     check_prompt(prompt, context)
-    if context is None and (told := warning(model, len(prompt) + options.tokens, length)):
-        print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
+    whole = len(prompt) + options.tokens
+    if context is not None and whole > context:
+        print(
+            f"seqeff: the context of {context:,} leaves room for {context - len(prompt):,} of "
+            f"{options.tokens:,} tokens; --context gives more",
+            file=sys.stderr,
+        )
+    if told := warning(model, min(whole, context or whole), length):
+        print(f"seqeff: {told}", file=sys.stderr)
     generator = Generator(program.model, tokenizer.vocabulary_size, context)
     with jax.set_mesh(program.mesh):
         ids = generator.stream(parameters, prompt, options.tokens, sampling, tokenizer.end_of_text)
-        print(options.prompt, end="", flush=True)
+        print(options.prompt or "", end="", flush=True)
         for text in decode_stream(tokenizer, ids):
             print(text, end="", flush=True)
     print(flush=True)
@@ -365,6 +391,18 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    from seqeff.data.files import decode_utf8, read_bytes
+
+    if options.prompt_file is not None:
+        return decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid text: {error}") from error
+    return options.prompt
 
 
 def _info(options: argparse.Namespace, _: Sequence[str]) -> int:

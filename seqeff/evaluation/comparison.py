@@ -14,7 +14,13 @@ from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.data.files import decode_utf8, read_bytes
 from seqeff.evaluation.streaming import Book, Stream, StreamResult, read_in_rows, stream
-from seqeff.models import Rotary, SeparatorAttention, TransformerConfig
+from seqeff.models import (
+    Attention,
+    DenseAttention,
+    Rotary,
+    SeparatorAttention,
+    TransformerConfig,
+)
 
 HEADER = (
     f"{'method':22}{'perplexity':>11}{'bits/byte':>10}{'tokens':>11}{'seconds':>9}{'tokens/s':>10}"
@@ -75,30 +81,33 @@ def without_separators(attention: SeparatorAttention) -> SeparatorAttention:
 
 
 def compare(
+    config: TransformerConfig,
     streams: Mapping[str, Stream],
     parameters: Any,
     tokenizer: Tokenizer,
     books: Sequence[Book],
     *,
-    length: int,
+    length: int | None,
     carry: bool,
     state: Path | None,
 ) -> Iterator[tuple[str, Book, StreamResult]]:
     """Yields, method by method, each text's result.
 
     Args:
+      config: of the model.
       streams: by their names.
-      length: that the model was trained on, for the rows of the one without a stream.
+      length: that the model was trained on, for the rows of the one without a stream; None:
+        without those.
       carry: besides, streams go on from text to text.
       state: a folder that the streams are kept in.
 
     Raises:
       UserError: a stream that was kept cannot be read, or is another one.
     """
-    config = next(iter(streams.values())).config
-    sizes = tokenizer.byte_lengths()
-    for book, result in read_in_rows(config, parameters, sizes, books, length):
-        yield f"dense, rows of {length}", book, result
+    if length is not None:
+        sizes = tokenizer.byte_lengths()
+        for book, result in read_in_rows(config, parameters, sizes, books, length):
+            yield f"dense, rows of {length}", book, result
     for carried in (False, True) if carry else (False,):
         for name, reader in streams.items():
             method = f"{name}, carried" if carried else name
@@ -110,8 +119,7 @@ def compare(
 
 def warning(config: TransformerConfig, longest: int, length: int) -> str:
     """What to fear of a text of `longest` tokens after training on `length`; "" if nothing."""
-    attentions = [a for a in config.attentions() if isinstance(a, SeparatorAttention)]
-    farthest = max((_farthest(attention, longest) for attention in attentions), default=0)
+    farthest = max(_farthest(attention, longest) for attention in config.attentions())
     if farthest <= length or not isinstance(config.positions, Rotary):
         return ""
     if not config.positions.by_place:
@@ -122,14 +130,17 @@ def warning(config: TransformerConfig, longest: int, length: int) -> str:
     trained = f"in training up to {length:,}, past which perplexity rises to hundreds"
     if farthest < longest:
         return f"warning: distances go up to {farthest:,}, {trained}; keep fewer entries"
-    return (
-        f"warning: positions go up to {longest:,}, {trained}; "
-        "--gin.SeparatorAttention.positions=compact keeps them near"
-    )
+    near = any(isinstance(attention, SeparatorAttention) for attention in config.attentions())
+    remedy = "; --gin.SeparatorAttention.positions=compact keeps them near" if near else ""
+    return f"warning: positions go up to {longest:,}, {trained}{remedy}"
 
 
-def _farthest(attention: SeparatorAttention, longest: int) -> int:
+def _farthest(attention: Attention, longest: int) -> int:
     """The largest distance to what is attended, as far as it is known."""
+    if isinstance(attention, DenseAttention) and attention.window is None:
+        return longest
+    if not isinstance(attention, SeparatorAttention):
+        return 0
     if not attention.initial_tokens and not attention.might_keep:
         return 0
     if attention.positions == "absolute":

@@ -151,7 +151,7 @@ class Generator:
 
 
 def generation_context(config: TransformerConfig, length: int) -> int | None:
-    """Tokens that prompt and continuation may have: `length`, or any number in constant memory."""
+    """Tokens that prompt and continuation may have: `length`, or None where memory is constant."""
     grows = any(kind_of(attention).grows for attention in config.attentions())
     return length if grows or config.positions.limit is not None else None
 
@@ -163,7 +163,8 @@ def check_prompt(prompt: Sequence[int], context: int | None) -> None:
     if context is not None and len(prompt) >= context:
         raise UserError(
             f"the prompt has {len(prompt)} tokens; the context of {context} leaves room for "
-            f"{context - 1} before the first new one"
+            f"{context - 1} before the first new one; --context gives more, and bounded separators "
+            "in every layer take any number (--gin.SeparatorAttention.separators)"
         )
 
 

@@ -77,3 +77,15 @@ def test_an_earlier_checkpoint_and_fewer_batches(finished):
     assert seqeff("eval", finished, "--checkpoint", 20).output != whole
     fewer = seqeff("eval", finished, "--batches", 1).output
     assert int(fewer.split("tokens ")[1].split()[0]) <= 4 * 32
+
+
+def test_eval_says_what_it_does_not_score(finished):
+    published = [
+        "--gin.TransformerConfig.attention=@SeparatorAttention()",
+        "--gin.SeparatorAttention.window=9",
+        "--gin.SeparatorAttention.separators=3",
+        "--gin.SeparatorAttention.cache_entries=20",
+    ]
+    result = seqeff("eval", finished, "--batches", 1, *published)
+    assert result.status == 0, result.errors
+    assert "with the mask, not with the cache of SeparatorAttention.cache_entries" in result.errors

@@ -254,6 +254,10 @@ def test_positions_past_training_are_warned_of():
     assert "texts go up to 40 tokens, in training up to 32" in warning(segments, 40, 32)
     learned = dataclasses.replace(absolute, positions=LearnedPositions(length=64))
     assert not warning(learned, 40, 32)
+    dense = dataclasses.replace(CONFIG, attention=DenseAttention())
+    assert warning(dense, 40, 32).endswith(
+        "in training up to 32, past which perplexity rises to hundreds"
+    )
     # distances stay near
     window = dataclasses.replace(CONFIG, attention=DenseAttention(window=9))
     assert not warning(window, 40, 32)
@@ -298,6 +302,20 @@ def test_the_command(finished, tiny, tmp_path):
     assert [row for row in again if row["method"] in streams] == streamed
 
 
+def test_some_methods_alone(finished, tiny, tmp_path):
+    book = sorted((tiny.folder / "corpus").glob("*.txt"))[0]
+
+    def methods_of(*options):
+        result = seqeff("eval", finished, "--streaming", book, *options)
+        assert result.status == 0, result.errors
+        return [line[:22].strip() for line in result.output.splitlines()[1:]]
+
+    # no layer needs a bound where nothing is streamed
+    assert methods_of("--method", "dense") == ["dense, rows of 32"]
+    assert methods_of("--method", "streamingllm", *BOUNDED) == ["StreamingLLM"]
+    assert methods_of("--method", "own", "--carry", *BOUNDED) == ["SepLLM", "SepLLM, carried"]
+
+
 def test_texts_are_read_as_training_reads_them(finished, tmp_path):
     tokenizer = Tokenizer.load(finished / "tokenizer")
     text = "one,\r\ntwo\n\nthree\r"
@@ -321,6 +339,7 @@ def test_bad_streams_are_one_line(finished, tmp_path):
     ("options", "expected"),
     [
         (["--carry"], "--carry is for --streaming BOOK...; give both"),
+        (["--method", "own"], "--method is for --streaming"),
         (["--per-book"], "--per-book is for --streaming"),
         (["--chunk", 4], "--chunk is for --streaming"),
         (["--state", "kept"], "--state is for --streaming"),

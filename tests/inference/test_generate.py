@@ -150,6 +150,29 @@ def test_what_cannot_be_generated(finished, no_devices, options, expected):
     assert expected in refused("generate", finished, *options)
 
 
+def test_a_longer_context(finished, tmp_path):
+    command = ["generate", finished, "--temperature", 0, "--tokens", 40]
+    cut = seqeff(*command, "--prompt", "the cat")
+    assert cut.status == 0, cut.errors
+    assert "the context of 32 leaves room for" in cut.errors
+    assert "warning" not in cut.errors
+    longer = seqeff(*command, "--prompt", "the cat", "--context", 64)
+    assert longer.output.startswith(cut.output.rstrip("\n"))
+    assert len(longer.output) > len(cut.output)
+    assert "leaves room" not in longer.errors
+    assert "in training up to 32" in longer.errors
+
+
+def test_a_prompt_from_a_file_is_not_repeated(finished, tmp_path):
+    command = ["generate", finished, "--temperature", 0, "--tokens", 5]
+    file = tmp_path / "prompt.txt"
+    file.write_text("the cat sat")
+    whole = seqeff(*command, "--prompt", "the cat sat").output
+    assert seqeff(*command, "--prompt-file", file).output == whole.removeprefix("the cat sat")
+    assert "cannot read" in refused(*command, "--prompt-file", tmp_path / "absent.txt")
+    assert "not allowed with" in refused(*command, "--prompt-file", file, "--prompt", "a")
+
+
 def test_a_checkpoint_that_does_not_exist(finished):
     line = refused("generate", finished, "--prompt", "a", "--checkpoint", 7)
     assert "no checkpoint of step 7; it has 20, 24" in line
@@ -224,3 +247,4 @@ def test_a_prompt_of_any_length_where_caches_do_not_grow(finished):
     assert result.status == 0, result.errors
     assert "warning: positions go up to" in result.errors
     assert "leaves room for" in refused(*command)
+    assert "--context is for caches that grow" in refused(*command, *bounded, "--context", 900)
