@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import itertools
 import math
 import os
+import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import seqeff
 from seqeff.checks import UserError, flatten
 
 if TYPE_CHECKING:
@@ -35,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from seqeff.config import split_overrides
 
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
-        options = _parser().parse_args(rest)
+        options, unknown = _parser().parse_known_args(rest)
+        if unknown:
+            raise UserError(_unrecognized(unknown, options))
         if overrides and not options.takes_overrides:
             raise UserError(f"{options.name} takes no --gin overrides")
         return options.run(options, overrides)
@@ -54,7 +59,28 @@ class _Parser(argparse.ArgumentParser):
     """Tells a mistake on one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        # what stands after `--streaming` is a book
+        if self.prog == "seqeff eval" and "RUN_DIR" in message:
+            message += " (before --streaming BOOK...)"
+        chosen = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = _nearest(chosen[1], re.findall(r"[\w-]+", chosen[2])) if chosen else ""
+        raise UserError(f"{message}{near}; see {self.prog} --help")
+
+
+def _unrecognized(arguments: Sequence[str], options: argparse.Namespace) -> str:
+    """The error of arguments that a command does not have, with what the first may have meant."""
+    first = arguments[0].partition("=")[0]
+    if first.startswith("--") and "." in first and options.takes_overrides:
+        near = f"; did you mean --gin.{arguments[0].removeprefix('--')}?"
+    else:
+        near = _nearest(first, re.findall(r"--[a-z][\w-]*", options.parser.format_help()))
+    return f"unrecognized arguments: {' '.join(arguments)}{near}; see {options.name} --help"
+
+
+def _nearest(name: str, candidates: Sequence[str]) -> str:
+    from seqeff.config.modules import nearest_name
+
+    return nearest_name(name, candidates)
 
 
 _METHODS = ("dense", "streamingllm", "own")
@@ -66,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Language models that spend less per token of context.",
         epilog=_OVERRIDES,
     )
+    version = f"seqeff {seqeff.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
@@ -73,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         epilog = _OVERRIDES if overrides else None
         sub = among.add_parser(name, help=text, description=text, epilog=epilog)
-        sub.set_defaults(run=run, name=sub.prog, takes_overrides=overrides)
+        sub.set_defaults(run=run, name=sub.prog, parser=sub, takes_overrides=overrides)
         return sub
 
     train = command("train", _train, "Train from a gin config, or go on with a run.", True)
@@ -81,14 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--run-dir",
         type=Path,
-        help="where the run is kept; one that exists is resumed (default: a new one under runs/)",
+        help="where the run is kept; one that exists is resumed, with the overrides that it was "
+        "given, which those given now replace (default: a new one under runs/)",
     )
     train.add_argument("--dry-run", action="store_true", help="sizes and costs, no training")
     _add_checkpoint(train)
 
     text = "Score a run on its held-out documents, or on long texts as streams."
     evaluate = command("eval", _evaluate, text, True)
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    text = "the run's directory; give it before --streaming"
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
     text = "read these texts as streams, in constant memory, with and without separators"
     evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
@@ -107,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(evaluate)
 
     generate = command("generate", _generate, "Continue a prompt with a run's model.", True)
-    generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    text = "the run's directory"
+    generate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="printed before its continuation")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt of any length")
@@ -116,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--context", type=_positive, metavar="TOKENS", help=text)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
     generate.add_argument("--top-k", type=_positive, help="draw among the likeliest (default: all)")
-    generate.add_argument("--seed", type=int, default=0)
+    text = "another one draws another continuation (default: 0)"
+    generate.add_argument("--seed", type=int, default=0, help=text)
     _add_checkpoint(generate)
 
     text = "Which methods, backends and devices are available here, and why not."
@@ -125,9 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         "--separators",
         type=Path,
         metavar="TOKENIZER",
-        help="in place of that, the separators of a tokenizer's file or directory",
+        help="list the separators of a tokenizer instead: of a run directory, a tokenizer.json, or "
+        "the directory that holds one",
     )
-    info.add_argument("texts", nargs="*", type=Path, metavar="FILE", help="how dense they are here")
+    text = "with --separators: text files in which to measure how many tokens are separators"
+    info.add_argument("texts", nargs="*", type=Path, metavar="FILE", help=text)
 
     text = "Measure speed on this machine."
     bench = commands.add_parser("bench", help=text, description=text)
@@ -178,15 +212,19 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     run = RunDirectory(options.run_dir) if options.run_dir else None
     resumed = run if run is not None and run.exists() else None
+    _check_config_file(options.config)
     # the run's own copy first: an outside module that both name is then the given one's
     before = _load(resumed.operative_config, (), resumed).root if resumed else None
-    loaded = _load(options.config, overrides, run)
+    loaded = _load(options.config, overrides, run, _earlier_overrides(options.config, resumed))
     config: training.Train = loaded.root
     if resumed is not None:
         _check_same_run(resumed, before, config)
         resumed.check_modules(loaded.modules)
+    kept = loaded.overrides[: len(loaded.overrides) - len(overrides)]
     if options.dry_run:
-        return _dry_run(config)
+        _tell_kept(kept)
+        with _naming_macros(loaded):
+            return _dry_run(config)
     prepare_backend(config)
     if run is None and jax.distributed.is_initialized():
         raise UserError("a run on many hosts needs --run-dir: one directory that all of them see")
@@ -195,18 +233,58 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     with run.lock():
         if run.exists() != (resumed is not None):
             raise UserError(f"another process has just begun a run in {run.path}; start again")
-        outcome = training.train(config, run, origin, checkpoint=options.checkpoint)
+        if not jax.distributed.is_initialized() or jax.process_index() == 0:
+            _tell_kept(kept)
+        with _naming_macros(loaded):
+            outcome = training.train(config, run, origin, checkpoint=options.checkpoint)
     if jax.process_index() == 0:
-        print(
-            _summary(
-                options.config,
-                config,
-                run,
-                outcome,
-                any(name.startswith("Train.steps=") for name in overrides),
-            )
-        )
+        other_length = any(name.startswith("Train.steps=") for name in loaded.overrides)
+        print(_summary(options.config, config, run, outcome, other_length))
     return 0
+
+
+def _check_config_file(path: Path) -> None:
+    """Refuses what a run directory holds in place of the config that the run was started from."""
+    from seqeff.runs import RunDirectory
+
+    there = RunDirectory(path.parent)
+    if path.is_dir():
+        directory = RunDirectory(path)
+        if directory.exists():
+            command = f"seqeff train CONFIG --run-dir {shlex.quote(str(path))}"
+            raise UserError(f"{path} is a run directory; to go on with it: {command}")
+        raise UserError(f"{path} is a directory; give a gin file")
+    if there.exists() and there.config.name == path.name:
+        raise UserError(
+            f"{path} is a run's record of several files, without its overrides; train from the "
+            f"file that its first line names, or from {_shown(there.operative_config)}"
+        )
+
+
+def _earlier_overrides(config: Path, resumed: RunDirectory | None) -> Path | None:
+    """The file of the overrides that a run has, unless the config holds them already."""
+    if resumed is None or config.absolute() == resumed.operative_config:
+        return None
+    return resumed.overrides if resumed.overrides.exists() else None
+
+
+def _tell_kept(overrides: Sequence[str]) -> None:
+    if overrides:
+        words = shlex.join(f"--gin.{override}" for override in overrides)
+        print(f"with the run's own overrides: {words}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _naming_macros(loaded: LoadedConfig) -> Iterator[None]:
+    """Adds to an error of a field the macro that gives it."""
+    try:
+        yield
+    except UserError as error:
+        field = re.match(r"(\w+\.\w+) = ", str(error))
+        if field is None or field[1] not in loaded.macros:
+            raise
+        macro = loaded.macros[field[1]]
+        raise UserError(f"{error}; it is %{macro}: give --gin.{macro}=VALUE") from error
 
 
 def _summary(
@@ -409,7 +487,7 @@ def _info(options: argparse.Namespace, _: Sequence[str]) -> int:
     if options.separators is not None:
         from seqeff.analysis import separators
 
-        print(separators.describe(options.separators, options.texts))
+        print(separators.describe(_tokenizer_path(options.separators), options.texts))
         return 0
     if options.texts:
         raise UserError("texts are for --separators TOKENIZER; give it, or leave them out")
@@ -417,6 +495,21 @@ def _info(options: argparse.Namespace, _: Sequence[str]) -> int:
 
     print(describe())
     return 0
+
+
+def _tokenizer_path(path: Path) -> Path:
+    """A tokenizer's file or directory; a run directory's own."""
+    from seqeff.config.modules import nearest_path
+    from seqeff.runs import RunDirectory
+
+    run = RunDirectory(path)
+    if run.exists():
+        return run.tokenizer
+    if path.exists():
+        return path
+    where = RunDirectory(path.parent)
+    near = f"; the run's is {_shown(where.tokenizer)}" if where.exists() else nearest_path(path)
+    raise UserError(f"--separators {path}: no such file or directory{near}")
 
 
 def _bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -517,10 +610,16 @@ def _restore(
     return program, state["parameters"]
 
 
-def _load(path: Path, overrides: Sequence[str], run: RunDirectory | None) -> LoadedConfig:
+def _load(
+    path: Path,
+    overrides: Sequence[str],
+    run: RunDirectory | None,
+    earlier: Path | None = None,
+) -> LoadedConfig:
     from seqeff.config import load
 
-    return load(path, overrides, module_paths=[run.modules] if run is not None else [])
+    module_paths = [run.modules] if run is not None else []
+    return load(path, overrides, module_paths=module_paths, earlier=earlier)
 
 
 def _check_same_run(run: RunDirectory, before: object, config: object) -> None:

@@ -43,7 +43,8 @@ class Origin(NamedTuple):
     Attributes:
       config: the gin file as given.
       operative: every value in use, as one gin file.
-      overrides: `NAME=VALUE`, as given.
+      overrides: `NAME=VALUE`, each on one line and with absolute paths; whoever goes on with the
+        run begins with them.
       modules: source files that the config imports from outside packages, by module name.
     """
 

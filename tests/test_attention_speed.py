@@ -134,7 +134,7 @@ def test_a_plot_without_data_or_matplotlib_is_one_line(tmp_path, monkeypatch, ca
         (None, "No such file"),
         ("{", "Expecting property name"),
         (json.dumps(ATTENTION | {"results": []}), "no auto of wide is there"),
-        (json.dumps(ATTENTION), "pip install matplotlib"),
+        (json.dumps(ATTENTION), "pip install -e '.[plot]'"),
     ):
         if text is not None:
             results.write_text(text)

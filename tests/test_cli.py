@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import jax
 import pytest
 from tiny_run import STEPS, environment, files_of, refused, seqeff, steps_of, write_json_lines
+
+from seqeff import __version__
+from seqeff.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -229,6 +233,77 @@ def test_relative_paths_mean_the_same_files_from_everywhere(tiny, tmp_path, monk
     assert not list(Path.cwd().iterdir())
 
 
+def test_a_run_goes_on_with_the_overrides_that_it_has(tiny, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    shutil.copytree(tiny.folder / "corpus", project / "corpus")
+    monkeypatch.chdir(project)
+    given = ("Train.steps=2", "AdamW.b2=0.99", "TextFiles.paths=(corpus/*.txt,)")
+    given += ("Train.sample_prompt=the\ncat",)
+    first = seqeff(
+        "train", tiny.config, "--run-dir", tmp_path / "run", *(f"--gin.{one}" for one in given)
+    )
+    assert first.status == 0, first.errors
+    assert "with the run's own overrides" not in first.errors
+    # the last line of the hints, as it is printed, but from elsewhere
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(first.output.splitlines()[-1])
+    assert command[0] == "seqeff"
+    assert command[-1] == "--gin.Train.steps=4"
+    second = seqeff(*command[1:])
+    assert second.status == 0, second.errors
+    assert "with the run's own overrides: --gin.AdamW.b2=0.99 " in second.errors
+    assert (tmp_path / "run/overrides.txt").read_text().splitlines() == [
+        "AdamW.b2=0.99",
+        f"TextFiles.paths=('{project}/corpus/*.txt',)",
+        "Train.sample_prompt='the\\ncat'",
+        "Train.steps=4",
+    ]
+    kept = (tmp_path / "run/operative_config.gin").read_text()
+    for config in (tiny.config, "run/operative_config.gin"):
+        again = seqeff("train", config, "--run-dir", "run")
+        assert again.status == 0, again.errors
+        assert (tmp_path / "run/operative_config.gin").read_text() == kept
+
+
+def test_an_error_names_the_macro_of_its_field(tiny, tmp_path):
+    path = tiny.write("macro.gin", "BOOKS = ('corpus/*.txt',)\nTextFiles.paths = %BOOKS")
+    line = refused("train", path, "--dry-run", "--gin.BOOKS=('absent/*',)")
+    assert line == (
+        f"TextFiles.paths = '{tmp_path}/absent/*' matches no file; it is %BOOKS: give "
+        "--gin.BOOKS=VALUE"
+    )
+
+
+def test_what_a_run_directory_holds_is_no_config(finished):
+    line = refused("train", finished)
+    assert f"is a run directory; to go on with it: seqeff train CONFIG --run-dir {finished}" in line
+    line = refused("train", finished / "config.gin")
+    assert "record of several files" in line
+    assert "operative_config.gin" in line
+
+
+def test_far_too_many_epochs_are_warned_of(tiny):
+    dry_run = seqeff("train", tiny.config, "--dry-run", "--gin.Train.steps=100000")
+    *_, line = dry_run.output.splitlines()
+    assert re.match(r"warning: these are 7,\d\d\d epochs of 1,\d\d\d training tokens; give", line)
+
+
+def test_the_separators_of_a_run(finished):
+    result = seqeff("info", "--separators", finished)
+    assert result.status == 0, result.errors
+    assert result.output.startswith(f"{finished / 'tokenizer'}: ")
+    line = refused("info", "--separators", finished / "tokenizer.json")
+    assert line.endswith("no such file or directory; the run's is " + str(finished / "tokenizer"))
+    assert "did you mean" in refused("info", "--separators", finished / "tokenizer/tokeniser.json")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"seqeff {__version__}\n"
+
+
 def test_a_directory_that_cannot_be_written(tiny, no_devices, tmp_path):
     (tmp_path / "file").write_text("")
     line = refused("train", tiny.config, "--run-dir", "file/run")
@@ -266,9 +341,12 @@ def test_a_full_disk(tiny, finished, tmp_path):
     ("arguments", "expected"),
     [
         ([], "the following arguments are required: COMMAND; see seqeff --help"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "'bench'); did you mean train?; see seqeff --help"),
         (["train"], "the following arguments are required: config; see seqeff train --help"),
-        (["train", "a.gin", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (["train", "a.gin", "--dryrun"], "arguments: --dryrun; did you mean --dry-run?; see"),
+        (["train", "a.gin", "--A.b=1"], "arguments: --A.b=1; did you mean --gin.A.b=1?; see"),
+        (["train", "."], ". is a directory; give a gin file"),
+        (["eval", "--streaming", "book.txt", "run"], "RUN_DIR (before --streaming BOOK...); see"),
         (["eval", "run", "--batches", "x"], "argument --batches: 'x' is not a whole number of"),
         (["train", "a.gin", "--gin.Train.steps"], "--gin.Train.steps has no value"),
         (["info", "--gin.Train.steps=3"], "seqeff info takes no --gin overrides"),

@@ -1,9 +1,13 @@
 import importlib.util
+import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from seqeff import config
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [
@@ -21,6 +25,31 @@ def test_the_tables_of_training_speed_are_the_measurements():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert module.table() in readme
     assert module.separators_table() in readme
+
+
+def test_the_config_in_the_readme_loads(tmp_path):
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    configs = shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    (configs / "mine.gin").write_text(example)
+    assert config.load(configs / "mine.gin").root.steps == 10_000
+
+
+def test_the_overrides_of_the_quickstart_in_the_readme_are_ones():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"seqeff train configs/quickstart\.gin([^`\n]*)", text)
+    overrides = [found for line in lines for found in re.findall(r"--gin\.(\S+)", line)]
+    assert len(overrides) >= 2
+    for override in overrides:
+        config.load(REPOSITORY / "configs/quickstart.gin", [override])
+
+
+def test_the_configs_of_the_table_are_those_that_the_command_times():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (pattern,) = re.findall(r"`seqeff bench train (configs/\S+)`", text)
+    report = json.loads((REPOSITORY / "experiments/training_speed/h200.json").read_text())
+    timed = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob(pattern))
+    assert timed == sorted(row["config"] for row in report["results"])
 
 
 def test_every_file_that_the_readme_links_exists():

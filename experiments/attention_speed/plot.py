@@ -73,7 +73,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"plot: {options.results}: {error}", file=sys.stderr)
     except ImportError as error:
-        print(f"plot: {error}; pip install matplotlib", file=sys.stderr)
+        print(f"plot: {error}; pip install -e '.[plot]'", file=sys.stderr)
     else:
         return 0
     return 2

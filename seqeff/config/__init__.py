@@ -32,7 +32,7 @@ import gin
 
 from seqeff.config.builder import Builder, cleared_gin
 from seqeff.config.modules import Classes
-from seqeff.config.overrides import split_overrides
+from seqeff.config.overrides import on_one_line, split_overrides
 from seqeff.config.reader import ALIASES, Reader
 
 __all__ = [
@@ -64,7 +64,9 @@ class LoadedConfig:
       root: the built config.
       text: the file as given, then the files that it includes, each under a comment with its name.
       operative: every value in use, defaults too, as one gin file that loads to an equal `root`.
-      overrides: `NAME=VALUE`, as given.
+      overrides: `NAME=VALUE`, each on one line and with absolute paths: the earlier ones that still
+        count, then those given.
+      macros: the macro that gives a field its value, by `Class.field`.
       modules: source files of the imported modules that are not installed, by module name, a
         package's being `package.__init__`: `a.b` in `DIRECTORY/a/b.py` is found by
         `load(..., module_paths=[DIRECTORY])`.
@@ -74,6 +76,7 @@ class LoadedConfig:
     text: str
     operative: str
     overrides: tuple[str, ...]
+    macros: Mapping[str, str]
     modules: Mapping[str, Path]
 
 
@@ -83,6 +86,7 @@ def load(
     *,
     root: str = "Train",
     module_paths: Iterable[str | Path] = (),
+    earlier: str | Path | None = None,
 ) -> LoadedConfig:
     """Reads a gin file and builds the config that it describes. Touches no device.
 
@@ -92,6 +96,7 @@ def load(
       root: the class to build.
       module_paths: where imported modules are sought after the file's own directory and before the
         current one.
+      earlier: a file of overrides, one a line, that come after the gin file, before `overrides`.
 
     Raises:
       ConfigError: begins with the file and line, or the override, at fault.
@@ -100,16 +105,22 @@ def load(
     for package in PACKAGES:
         classes.add_package(package)
     reader = Reader(classes, Path(path), module_paths)
+    before = [] if earlier is None else reader.earlier_overrides(Path(earlier))
     for override in overrides:
         reader.override(override)
     with cleared_gin():
-        config = Builder(os.path.normpath(path), classes, reader.bindings).build(root)
+        builder = Builder(os.path.normpath(path), classes, reader.bindings)
+        config = builder.build(root)
         operative = gin.operative_config_str()
     imports = "".join(f"import {name}\n" for name in sorted(reader.imports))
     return LoadedConfig(
         root=config,
         text="\n".join(f"# {name}\n{content}" for name, content in reader.files.items()),
         operative=f"{imports}\n{operative}" if imports else operative,
-        overrides=tuple(overrides),
+        overrides=(
+            *(override for override, place in before if place in builder.places_in_use),
+            *(builder.absolute.get(f"--gin.{o}") or on_one_line(o) for o in overrides),
+        ),
+        macros=builder.macros,
         modules=reader.modules,
     )

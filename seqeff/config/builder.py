@@ -65,6 +65,9 @@ class Builder:
         self._final = {binding.key: binding for binding in self._bindings}
         self._built: list[_Built] = []
         self._failure: Exception | None = None
+        self._passed_over: set[str] = set()
+        self.absolute: dict[str, str] = {}
+        """`NAME=VALUE` with absolute paths, by place, of the bindings that give relative ones."""
         self._makers = {
             selector: gin.external_configurable(
                 self._maker(selector, cls), name=cls.__name__, module=cls.__module__
@@ -92,6 +95,20 @@ class Builder:
         self._require_used()
         return config
 
+    @property
+    def places_in_use(self) -> set[str]:
+        """Where the bindings are that counted."""
+        return {binding.place for binding in self._final.values()} - self._passed_over
+
+    @property
+    def macros(self) -> dict[str, str]:
+        """For each field, as `Class.field`, that a macro alone gives: the macro's name."""
+        return {
+            binding.name: binding.value.name
+            for binding in self._final.values()
+            if binding.selector and isinstance(binding.value, Macro)
+        }
+
     def _bind_all(self) -> None:
         for binding in self._final.values():
             key = ("/".join(binding.scope), binding.selector, binding.field)
@@ -116,7 +133,10 @@ class Builder:
                 return self._anchored(macro, anchor)
             return map_items(anchored, value)
 
-        return anchored(binding.value)
+        value = anchored(binding.value)
+        if value != binding.value and not binding.uses:
+            self.absolute[binding.place] = f"{binding.name}={value!r}"
+        return value
 
     def _gin_value(self, value: Any) -> Any:
         if isinstance(value, Reference):
@@ -159,22 +179,40 @@ class Builder:
         ]
         if absent:
             required = [self._effective(scope, selector, field) for field in absent]
-            place = next((b.place for b in required if b is not None), self._user(selector))
-            names = [f"{cls.__name__}.{field}" for field in absent]
+            place = next((b.place for b in required if b is not None), None)
+            names = ", ".join(f"{cls.__name__}.{field}" for field in absent)
+            builder = ""
+            if place is None:
+                # the mend belongs in the file that was given, whatever it includes
+                place = self._user(selector)
+                if not place.startswith((f"{self._path}:", "--gin.")) and place != self._path:
+                    place, builder = self._path, f" ({cls.__name__} is built by {place})"
+            first = names.partition(",")[0]
             raise ConfigError(
-                f"{place}: {', '.join(names)} must be set; add {names[0]} = ... "
-                f"or --gin.{names[0]}=VALUE"
+                f"{place}: {names} must be set{builder}; add {first} = ... or --gin.{first}=VALUE"
             )
         try:
             config = cls(**values)
             check_types(config)
         except (ConfigError, ValueError, TypeError) as error:
             known = isinstance(error, ConfigError)
-            message = str(error) if known else f"{cls.__name__}: {error}"
+            message = self._explained(str(error)) if known else f"{cls.__name__}: {error}"
             raise ConfigError(f"{self._place_of(message, scope, selector)}: {message}") from (
                 None if known else error
             )
         return config
+
+    def _explained(self, message: str) -> str:
+        """An error of a type, with what the value was likely meant to be."""
+        match = re.fullmatch(r"(\w+\.\w+ = '(.*)') is of type str; give (.*)", message)
+        if match is None:
+            return message
+        what, value, expected = match.groups()
+        choices = re.findall(r"'([^']*)'", expected)
+        if choices:
+            return f"{what} is unknown; give {expected}{nearest_name(value, choices)}"
+        name = value.removeprefix("@").removesuffix("()")
+        return f"{message}; did you mean @{name}()?" if self._classes.matches(name) else message
 
     def _effective(self, scope: tuple[str, ...], selector: str, field: str) -> Binding | None:
         """The binding that gives a field its value in a scope: that of the innermost scope."""
@@ -208,6 +246,7 @@ class Builder:
                 or order[replacement] < order[binding]
             ):
                 raise ConfigError(f"{binding.place}: {self._why_unused(binding)}")
+            self._passed_over.add(binding.place)
 
     def _is_used(self, binding: Binding) -> bool:
         if not binding.selector:
@@ -306,6 +345,15 @@ def _accepts(expected: Any, cls: type) -> bool:
     if typing.get_origin(expected) in (typing.Union, types.UnionType):
         return any(_accepts(choice, cls) for choice in typing.get_args(expected))
     try:
-        return expected is not object and issubclass(cls, expected)
+        if expected is object or not issubclass(cls, expected):
+            return False
+        # protocols whose methods have the same names differ in their parameters
+        methods = inspect.getmembers(expected, inspect.isfunction)
+        return not getattr(expected, "_is_protocol", False) or all(
+            [*inspect.signature(method).parameters]
+            == [*inspect.signature(getattr(cls, name)).parameters]
+            for name, method in methods
+            if not name.startswith("_")
+        )
     except TypeError:
         return False

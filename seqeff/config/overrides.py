@@ -53,6 +53,13 @@ def override_statement(override: str) -> str:
     return f"{name} = {_repaired(value.strip())}"
 
 
+def on_one_line(override: str) -> str:
+    """The override, with line ends in its value escaped."""
+    if not re.search(r"[\r\n]", override):
+        return override
+    return override_statement(override).replace(" = ", "=", 1)
+
+
 def _repaired(value: str) -> str:
     if value.lower() in WORDS:
         return WORDS[value.lower()]

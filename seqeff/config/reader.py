@@ -31,12 +31,23 @@ class Reader:
         self._read(path, _text(path))
 
     def override(self, override: str) -> None:
-        source = f"--gin.{override}"
-        with located(source):
+        self._override(override, f"--gin.{override}")
+
+    def earlier_overrides(self, path: Path) -> list[tuple[str, str]]:
+        """Binds a file's overrides, one a line; returns each with its place."""
+        found = []
+        for number, line in enumerate(_text(path).split("\n"), start=1):
+            if line:
+                found.append((line, place(os.path.normpath(path), number)))
+                self._override(*found[-1])
+        return found
+
+    def _override(self, override: str, where: str) -> None:
+        with located(where):
             text = override_statement(override)
-        for statement in parse(text, source):
-            with located(source):
-                self._bind(statement, source, {})
+        for statement in parse(text, where):
+            with located(where):
+                self._bind(statement, where, {}, os.curdir)
 
     def _read(self, path: Path, text: str) -> None:
         source = os.path.normpath(path)
@@ -51,7 +62,7 @@ class Reader:
                     if statement.alias:
                         aliases[statement.alias] = statement.module
                 elif isinstance(statement, config_parser.BindingStatement):
-                    self._bind(statement, where, aliases)
+                    self._bind(statement, where, aliases, os.path.dirname(source) or os.curdir)
                 elif isinstance(statement, config_parser.IncludeStatement):
                     path_included = path.parent / statement.filename
                     included = (path_included, _text(path_included))
@@ -70,7 +81,11 @@ class Reader:
         self.modules.update(sources)
 
     def _bind(
-        self, statement: config_parser.BindingStatement, where: str, aliases: Mapping[str, str]
+        self,
+        statement: config_parser.BindingStatement,
+        where: str,
+        aliases: Mapping[str, str],
+        folder: str,
     ) -> None:
         def full_name(name: str) -> str:
             first, dot, rest = name.partition(".")
@@ -99,7 +114,7 @@ class Reader:
             scopes = tuple(filter(None, scope.split("/")))
         else:
             scopes, selector, field = (), "", written
-        binding = Binding(scopes, selector, field, resolved(value), written, where)
+        binding = Binding(scopes, selector, field, resolved(value), written, where, folder)
         for other in self.bindings:
             if other.key == binding.key and other.source in self._open:
                 again = "again" if other.source == binding.source else "by an include"

@@ -56,7 +56,10 @@ class _Delegate(config_parser.ParserDelegate):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Binding:
-    """One statement `scope/Class.field = value`; a macro has its name as `field` and no class."""
+    """One statement `scope/Class.field = value`; a macro has its name as `field` and no class.
+
+    Relative paths begin in `folder`: the file's; of a default or an override, where one is.
+    """
 
     scope: tuple[str, ...]
     selector: str
@@ -64,6 +67,7 @@ class Binding:
     value: Any
     name: str
     place: str
+    folder: str = os.curdir
 
     @property
     def key(self) -> tuple[tuple[str, ...], str, str]:
@@ -71,13 +75,8 @@ class Binding:
 
     @property
     def source(self) -> str:
-        """The file, or the command line."""
+        """The file, a run's overrides too, or the command line."""
         return "--gin." if self.place.startswith("--gin.") else self.place.rpartition(":")[0]
-
-    @property
-    def folder(self) -> str:
-        """Where relative paths begin: the file's folder; else, as for a default, where one is."""
-        return os.path.dirname(self.source if self.name else "") or os.curdir
 
     @property
     def target(self) -> str | Macro:

@@ -15,6 +15,7 @@ from seqeff.training.program import (
     flops_per_token,
     prepare_backend,
     prepare_new,
+    unlikely_epochs,
 )
 
 
@@ -53,6 +54,8 @@ def describe(config: Train) -> str:
         f"memory a device: parameters {_bytes(parameters)}, optimizer {_bytes(optimizer)}, "
         f"step {_bytes(temporary)}, together {_bytes(parameters + optimizer + temporary)}",
     ]
+    if warning := unlikely_epochs(config, prepared):
+        lines.append(warning)
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from seqeff.training.mesh import batch_sharding
 from seqeff.training.step import State, make_initialise, make_step, state_shardings
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops"
+_MOST_EPOCHS = 100
 
 
 class Program:
@@ -153,6 +154,18 @@ def keep_data(prepared: PreparedData, run: RunDirectory) -> None:
         run.tokenizer.mkdir(exist_ok=True)
         prepared.tokenizer.save(run.tokenizer)
         write_atomically(run.data, json.dumps(prepared.fingerprint, indent=2) + "\n")
+
+
+def unlikely_epochs(config: Train, prepared: PreparedData) -> str | None:
+    """A warning, where a run would read its documents far more often than makes sense."""
+    tokens = sum(store.part.tokens for store in prepared.train_stores)
+    epochs = config.steps * config.tokens_per_step / max(tokens, 1)
+    if epochs <= _MOST_EPOCHS:
+        return None
+    return (
+        f"warning: these are {epochs:,.0f} epochs of {tokens:,} training tokens; give Data.source "
+        "more text, or lower Train.steps"
+    )
 
 
 def flops_per_token(model: TransformerConfig, prepared: PreparedData) -> float:

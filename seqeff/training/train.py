@@ -19,7 +19,13 @@ from seqeff.training.checkpoints import CheckpointStore
 from seqeff.training.config import Train
 from seqeff.training.metrics import MetricsFile, Throughput
 from seqeff.training.profiler import Profiler
-from seqeff.training.program import Program, keep_data, prepare_backend, prepare_for
+from seqeff.training.program import (
+    Program,
+    keep_data,
+    prepare_backend,
+    prepare_for,
+    unlikely_epochs,
+)
 from seqeff.training.progress import Progress
 from seqeff.training.report import Report
 from seqeff.training.step import State
@@ -77,6 +83,8 @@ def train(
         progress = stack.enter_context(Progress(config.steps, done=first))
         report = Report(config, run, prepared, program, progress, metrics_file, tracker)
         progress.write(f"run directory: {run.path}\n{report.size()}")
+        if warning := unlikely_epochs(config, prepared):
+            progress.write(warning)
         if first >= config.steps:
             validation = report.validation(first, state, record=False)
             return Outcome(first, True, validation, report.sample(first, state, record=False))

@@ -1,5 +1,5 @@
 import pytest
-from gin_files import message, train, with_base
+from gin_files import loaded, message, train, with_base
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +62,35 @@ def test_errors_name_the_override():
         assert message(with_base(""), bad).startswith(f"--gin.{bad}: write --gin.NAME=VALUE")
     assert message(with_base(""), "Train.optimizer=@Muon(").startswith(
         "--gin.Train.optimizer=@Muon(: "
+    )
+
+
+def test_earlier_overrides(folder):
+    earlier = folder / "overrides.txt"
+    earlier.write_text("Train.steps=3\nTrain.tracker=@Wandb()\nWandb.project=p\nAdamW.b1=0.5\n")
+
+    def load(*overrides):
+        return config.load("base.gin", overrides, earlier=earlier)
+
+    assert load().overrides == tuple(earlier.read_text().splitlines())
+    result = load("Train.steps=4")
+    assert (result.root.steps, result.root.tracker.project) == (4, "p")
+    # what a new one replaces takes its bindings along
+    result = load("Train.tracker=None", "AdamW.b1=0.6")
+    assert result.root.tracker is None
+    assert result.overrides == ("Train.steps=3", "Train.tracker=None", "AdamW.b1=0.6")
+    earlier.write_text("Train.steps=3\nTrain.stpes=4\n")
+    with pytest.raises(UserError, match=r"overrides\.txt:2: Train has no field stpes"):
+        load()
+
+
+def test_overrides_are_kept_with_absolute_paths_on_one_line(folder):
+    text = with_base("FILE = 'a'\nTrain.corpus = @Corpus()\nCorpus.file = %FILE")
+    given = ["FILE=b", "Corpus.patterns=[c/*.txt, /d/*]", "Train.note=two\nlines"]
+    assert loaded(text, *given).overrides == (
+        f"FILE='{folder}/b'",
+        f"Corpus.patterns=('{folder}/c/*.txt', '/d/*')",
+        "Train.note='two\\nlines'",
     )
 
 

@@ -58,7 +58,7 @@ def header(path):
 @pytest.mark.parametrize("path", RUNS)
 def test_its_header_has_its_command(path):
     stem = re.escape(path.removesuffix(".gin"))
-    assert re.search(rf"^# Run: .* {stem}\.(gin|py)$", header(path), re.MULTILINE)
+    assert re.search(rf"^# Run: .* {stem}\.(gin|py)( --gin\..*)?$", header(path), re.MULTILINE)
 
 
 def test_the_speeds_in_the_headers_are_about_those_measured():

@@ -91,6 +91,45 @@ def test_a_binding_of_a_class_that_is_never_built():
     )
 
 
+def test_protocols_of_one_method_name_are_told_apart(folder):
+    write(
+        folder / "made.py",
+        """
+        import dataclasses
+        from typing import Protocol, runtime_checkable
+
+        @runtime_checkable
+        class Map(Protocol):
+            def make(self, inputs): ...
+
+        @runtime_checkable
+        class Rate(Protocol):
+            def make(self, steps): ...
+
+        @dataclasses.dataclass(frozen=True)
+        class Dense:
+            def make(self, inputs): ...
+
+        @dataclasses.dataclass(frozen=True)
+        class Flat:
+            def make(self, steps): ...
+
+        @dataclasses.dataclass(frozen=True)
+        class Falling:
+            end: float = 0.0
+            def make(self, steps): ...
+
+        @dataclasses.dataclass(frozen=True)
+        class Both:
+            map: Map = Dense()
+            rate: Rate = Flat()
+    """,
+    )
+    assert message("import made\nFalling.end = 1.0", root="Both").endswith(
+        "no Falling is built (Both.rate = @Flat())"
+    )
+
+
 def test_a_binding_in_a_file_that_chose_otherwise(folder):
     write(folder / "base.gin", textwrap.dedent(BASE) + "Muon.learning_rate = 0.1")
     assert message("include 'base.gin'") == (
@@ -189,7 +228,16 @@ def test_setting_a_field_twice(folder):
         ("Train.note = 5", "Train.note = 5 is of type int; give str or None"),
         ("AdamW.b1 = 'x'", "AdamW.b1 = 'x' is of type str; give float"),
         ("Model.heads = 5", "Model.width = 64 must be a multiple of Model.heads = 5"),
-        ("Model.dtype = 'float16'", "Model.dtype = 'float16'"),
+        (
+            "Model.dtype = 'float3'",
+            "Model.dtype = 'float3' is unknown; give 'float32' or 'bfloat16'; did you mean "
+            "float32?",
+        ),
+        (
+            "Model.attention = 'DenseAttention'",
+            "Model.attention = 'DenseAttention' is of type str; give Attention; did you mean "
+            "@DenseAttention()?",
+        ),
     ],
 )
 def test_wrong_values_are_placed_at_their_binding(line, expected):
@@ -212,13 +260,18 @@ def test_wrong_value_in_a_scope_in_a_macro_and_in_an_override():
     )
 
 
-def test_missing_fields():
+def test_missing_fields(folder):
     assert message("Train.model = @Model()\nModel.width = 3") == (
         "x.gin:1: Model.attention must be set; add Model.attention = ... "
         "or --gin.Model.attention=VALUE"
     )
     assert message("Train.steps = 3").startswith(
         "x.gin: Train.model, Train.optimizer must be set; add"
+    )
+    write(folder / "part.gin", "Train.model = @Model()\nModel.width = 3")
+    assert message("include 'part.gin'") == (
+        "x.gin: Model.attention must be set (Model is built by part.gin:1); add Model.attention = "
+        "... or --gin.Model.attention=VALUE"
     )
 
 
