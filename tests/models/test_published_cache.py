@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_cases import (
+    PUBLISHED,
     SEPARATORS,
     close,
     extending,
@@ -27,20 +30,11 @@ from seqeff.models import (
     cached_parameters,
     empty_cache,
 )
-from seqeff.models.caches import PublishedCache, kind_of
+from seqeff.models.caches import PublishedCache, kind_of, replace_rows, select_rows
 from seqeff.models.flops import entries_of_cache
 
 BATCH, LENGTH = 3, 63
 TOKENS = random_tokens(BATCH, LENGTH)
-
-PUBLISHED = SeparatorAttention(
-    window=6,
-    initial_tokens=2,
-    separators=3,
-    separator_ids=SEPARATORS,
-    positions="compact",
-    cache_entries=16,
-)
 
 
 class Entry(NamedTuple):
@@ -68,9 +62,9 @@ SPREAD = np.where(
 
 
 @functools.cache
-def naive_decode(attention):
+def naive_decode(attention, layers=2, length=LENGTH):
     """Lists of entries, one token after another: the published code's statements."""
-    config = small_config(attention=attention)
+    config = small_config(attention=attention, layers=layers)
     given = cached_parameters(config, random_model(config)[1])
     model = CachedTransformer.of(config, given)
     lists: list[list[Entry]] = [[] for _ in range(BATCH)]
@@ -84,7 +78,7 @@ def naive_decode(attention):
         ]
         return jnp.asarray(attended, jnp.float32)[:, None]
 
-    for index, tokens in enumerate(SPREAD.T):
+    for index, tokens in enumerate(SPREAD.T[:length]):
         for entries, token in zip(lists, tokens, strict=True):
             entries.append(Entry(index, token in attention.separator_ids, [], []))
         x = model.embedding[...][tokens][:, None]
@@ -141,35 +135,94 @@ SIZES = {
 }
 
 
+@functools.cache
+def decoder(attention, layers):
+    """A compiled function of (tokens, cache, count): entries; outputs and the cache."""
+    config = small_config(attention=attention, layers=layers)
+    given = cached_parameters(config, random_model(config)[1])
+
+    def decode(parameters, tokens, cache, count):
+        entries = entries_of_cache(config, cache, tokens, count)
+        return entries, CachedTransformer.of(config, parameters).extend(tokens, cache, count)
+
+    return functools.partial(quick_jit(decode), given)
+
+
+def take(attention, cache, rows, at, count, most, layers=2, length=LENGTH):
+    """Takes `count` tokens of some rows, from their tokens `at` on: all is as naively decoded."""
+    expected, entries = naive_decode(attention, layers, length)
+    part = np.stack(
+        [np.roll(SPREAD[row], -first)[:most] for row, first in zip(rows, at, strict=True)]
+    )
+    (read, most_held), (output, cache) = decoder(attention, layers)(
+        part, cache, np.asarray(count, np.int32)
+    )
+    (run,) = cache.layers
+    held = run.kind.resident(run.state)
+    for line, (row, first, number) in enumerate(zip(rows, at, count, strict=True)):
+        sizes = np.concatenate([[0], entries[row]])[first : first + number + 1]
+        assert held[line] == sizes[-1]
+        if number:
+            close(output[line, :number], expected[row, first : first + number])
+            np.testing.assert_array_equal(read[line, :number], sizes[:-1] + 1)
+            assert most_held[line] == sizes[1:].max()
+    return cache
+
+
+def decode_all(attention, most, seed=0, layers=2, length=LENGTH):
+    """Takes all rows in, up to `most` tokens at a time; at times none of a row."""
+    cache = empty_cache(small_config(attention=attention, layers=layers), BATCH, length)
+    random, at = np.random.default_rng(seed), np.zeros(BATCH, int)
+    while np.any(at < length):
+        drawn = np.minimum(random.integers(0, most + 2, BATCH), most)
+        count = np.minimum(drawn, length - at)
+        cache = take(attention, cache, range(BATCH), at, count, most, layers, length)
+        at += count
+    np.testing.assert_array_equal(cache.length, length)
+    assert cache.layers[0].arrays[0].keys.shape[1] % 8 == 0
+
+
 @pytest.mark.parametrize("most", [1, 20], ids=["tokens", "chunks"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("positions", ["compact", "absolute"])
 def test_decoding_equals_the_published_code(positions, sizes, most):
     """Rows evict at moments of their own, and are passed over now and then."""
-    attention = dataclasses.replace(PUBLISHED, positions=positions, **sizes)
-    expected, entries = naive_decode(attention)
-    config = small_config(attention=attention)
-    step, cache = extending(config, random_model(config)[1]), empty_cache(config, BATCH, LENGTH)
-    count_entries = quick_jit(functools.partial(entries_of_cache, config))
-    random, at = np.random.default_rng(0), np.zeros(BATCH, int)
-    while np.any(at < LENGTH):
-        drawn = np.minimum(random.integers(0, most + 2, BATCH), most)
-        count = np.minimum(drawn, LENGTH - at).astype(np.int32)
-        part = np.stack([np.roll(SPREAD[row], -first)[:most] for row, first in enumerate(at)])
-        read, most_held = count_entries(cache, part, count)
-        output, cache = step(part, cache, count)
-        for row in np.flatnonzero(count):
-            own = slice(at[row], at[row] + count[row])
-            close(output[row, : count[row]], expected[row, own])
-            before = np.concatenate([[0], entries[row]])[own]
-            np.testing.assert_array_equal(read[row, : count[row]], before + 1)
-            assert most_held[row] == entries[row, own].max()
-        at += count
-        held = [entries[row, end - 1] if end else 0 for row, end in enumerate(at)]
-        (layers,) = cache.layers
-        np.testing.assert_array_equal(layers.kind.resident(layers.state), held)
-    np.testing.assert_array_equal(cache.length, LENGTH)
-    assert layers.arrays[0].keys.shape[1] % 8 == 0
+    decode_all(dataclasses.replace(PUBLISHED, positions=positions, **sizes), most)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    window=st.integers(1, 6),
+    initial=st.integers(0, 3),
+    separators=st.none() | st.integers(1, 4),
+    spare=st.integers(0, 6),
+    positions=st.sampled_from(["absolute", "compact"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_sizes(window, initial, separators, spare, positions, seed):
+    attention = SeparatorAttention(
+        window=window,
+        initial_tokens=initial,
+        separators=separators,
+        separator_ids=() if separators is None else SEPARATORS,
+        positions=positions,
+        cache_entries=initial + (separators or 0) + window + spare,
+    )
+    decode_all(attention, 11, seed, layers=1, length=30)
+
+
+def test_rows_can_be_moved_and_replaced():
+    """Between evictions of the others."""
+    empty = empty_cache(small_config(attention=PUBLISHED), BATCH, LENGTH)
+    cache = take(PUBLISHED, empty, range(BATCH), (0, 0, 0), (20, 11, 17), 20)
+    moved = select_rows(cache, jnp.asarray([2, 0, 0]))
+    moved = take(PUBLISHED, moved, (2, 0, 0), (17, 20, 20), (20, 20, 9), 20)
+    take(PUBLISHED, moved, (2, 0, 0), (37, 40, 29), (1, 1, 1), 1)
+    # a new request in the place of an old row
+    others = take(PUBLISHED, empty, range(BATCH), (0, 0, 0), (0, 0, 9), 20)
+    cache = replace_rows(cache, jnp.asarray([1]), select_rows(others, jnp.asarray([2])))
+    cache = take(PUBLISHED, cache, (0, 2, 2), (20, 9, 17), (20, 20, 20), 20)
+    take(PUBLISHED, cache, (0, 2, 2), (40, 29, 37), (1, 1, 1), 1)
 
 
 def test_the_compared_rows_evict_often():

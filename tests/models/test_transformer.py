@@ -12,6 +12,7 @@ from model_cases import (
     ATTENTIONS,
     SEPARATORS,
     VOCABULARY,
+    close,
     documents,
     extending,
     hidden,
@@ -109,7 +110,7 @@ def test_no_output_depends_on_other_documents(forward):
         np.testing.assert_allclose(outputs[:, first:end], packed[:, first:end], rtol=0, atol=1e-6)
         # what follows a document does not matter, so this is the document alone
         alone = forward(np.roll(TOKENS, -first, axis=1), ONE_DOCUMENT)[:, : end - first]
-        np.testing.assert_allclose(packed[:, first:end], alone, atol=2e-5)
+        close(packed[:, first:end], alone)
 
 
 def test_padding_on_the_left_changes_nothing(forward):
@@ -117,7 +118,7 @@ def test_padding_on_the_left_changes_nothing(forward):
     padded = np.pad(TOKENS, ((0, 0), (padding, 0)), constant_values=SEPARATORS[0])
     starts = np.full_like(padded, padding)
     outputs = forward(padded, starts)[:, padding:]
-    np.testing.assert_allclose(outputs, forward(TOKENS, ONE_DOCUMENT), atol=2e-5)
+    close(outputs, forward(TOKENS, ONE_DOCUMENT))
 
 
 def test_with_every_token_a_separator_attention_is_dense():
@@ -126,7 +127,7 @@ def test_with_every_token_a_separator_attention_is_dense():
     for attention in (every, DenseAttention()):
         graph, parameters = random_model(small_config(attention=attention))
         outputs.append(np.asarray(nnx.merge(graph, parameters)(TOKENS)))
-    np.testing.assert_allclose(*outputs, atol=2e-5)
+    close(*outputs)
 
 
 @pytest.mark.parametrize("chunks", [(31, 31, 1), (1,) * 63], ids=["chunks", "tokens"])
@@ -137,8 +138,7 @@ def test_decoding_with_caches_of_several_kinds_equals_the_whole_row(parts, forwa
         output, cache = extend(TOKENS[:, first:end], cache)
         outputs.append(output)
     np.testing.assert_array_equal(cache.length, LENGTH)
-    whole = forward(TOKENS, ONE_DOCUMENT)
-    np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, atol=5e-5)
+    close(np.concatenate(outputs, axis=1), forward(TOKENS, ONE_DOCUMENT))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_model_is_its_definition(changes):
     config = dataclasses.replace(DEFINED, **changes)
     graph, parameters = random_model(config)
     expected = numpy_model(config, parameters, TOKENS)
-    np.testing.assert_allclose(hidden(graph, parameters, TOKENS), expected, atol=5e-5)
+    close(hidden(graph, parameters, TOKENS), expected)
 
 
 def test_bfloat16_compute_with_float32_parameters():

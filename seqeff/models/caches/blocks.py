@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.attend import attend, attend_blocks
-from seqeff.models.caches.protocol import Sizes, aligned, pick
-from seqeff.models.caches.whole import KeysValues
+from seqeff.models.caches.entries import KeysValues, aligned, pick
+from seqeff.models.caches.protocol import Sizes
 from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import (
@@ -88,10 +88,8 @@ class Far(NamedTuple):
     Attributes:
       rank: of the nearest that are kept: how many were kept before them.
       start, end: range of the list that each row attends; `rank_end` is the rank after it.
-      leaves: which of the nearest are written to a ring that does not wrap; then it is the list.
-      ring_slot: else, slots of the ring, oldest first, which the nearest follow;
-      packed: those of them that are kept, which are the list;
-      ring_from: and where in them each slot of the ring is found after the step.
+      leaves: which of the nearest leave the window in this step, and join the kept ones.
+      turnover: of a ring that overwrites its oldest; None where none is, and the ring is the list.
     """
 
     rank: Int[Array, "batch nearest"]
@@ -99,9 +97,21 @@ class Far(NamedTuple):
     end: Int[Array, "batch rows"]
     rank_end: Int[Array, "batch rows"]
     leaves: Bool[Array, "batch nearest"]
-    ring_slot: Int[Array, "batch slots"] | None = None
-    packed: PackedIndices | None = None
-    ring_from: Int[Array, "batch slots"] | None = None
+    turnover: Turnover | None = None
+
+
+class Turnover(NamedTuple):
+    """How a ring that overwrites its oldest goes on to the kept tokens of a step.
+
+    Attributes:
+      slot: its slots, oldest first, which the nearest follow.
+      packed: those of slots and nearest that hold a kept token, which are the list.
+      source: which of slots and nearest each slot of the ring holds after the step.
+    """
+
+    slot: Int[Array, "batch slots"]
+    packed: PackedIndices
+    source: Int[Array, "batch slots"]
 
 
 @dataclass(frozen=True)
@@ -131,8 +141,8 @@ class BlockCache:
         # arrays of their own, which can be donated
         length, kept = (jnp.zeros(sizes.batch, jnp.int32) for _ in range(2))
         state = BlocksState(length, kept, jnp.zeros((sizes.batch, self.window), bool))
-        kept = sizes.kept if self.ring is None else max(self.ring, 1)
-        slots = (aligned(self.initial), kept, self.window)
+        ring = sizes.kept if self.ring is None else max(self.ring, 1)
+        slots = (aligned(self.initial), ring, self.window)
         return state, Blocks(*(KeysValues.empty(sizes, count) for count in slots))
 
     def begin(
@@ -267,16 +277,15 @@ class BlockCache:
         base = jnp.maximum(before - slots, 0)
         after = before + leaves.sum(1, dtype=jnp.int32, keepdims=True)
         final_rank = after - 1 - (after - 1 - jnp.arange(slots)) % slots
+        # slots that were never filled hold anything
+        source = pick(packed.indices, jnp.maximum(final_rank - base, 0))
         return Far(
             rank,
             start=jnp.maximum(rank_end - slots, 0) - base,
             end=rank_end - base,
             rank_end=rank_end,
             leaves=leaves,
-            ring_slot=ring_rank % slots,
-            packed=packed,
-            # slots that were never filled hold anything
-            ring_from=pick(packed.indices, jnp.maximum(final_rank - base, 0)),
+            turnover=Turnover(ring_rank % slots, packed, source),
         )
 
     def _attend_many(
@@ -296,7 +305,7 @@ class BlockCache:
         sources: list[Source] = []
         if step.far is not None:
             far = step.far
-            source, kept = self._far_source(step, kept, nearest, heads)
+            source, kept = self._far_source(far, step.first, kept, nearest, heads)
             queries = None
             if self.compact:
                 by = far.rank_end + between - token
@@ -325,23 +334,21 @@ class BlockCache:
         return output, Blocks(initial, kept, nearest.pick(step.last))
 
     def _far_source(
-        self, step: ManyTokens, ring: KeysValues, nearest: KeysValues, heads: Heads
+        self, far: Far, first: Array, ring: KeysValues, nearest: KeysValues, heads: Heads
     ) -> tuple[RangeSource, KeysValues]:
         """The list of kept tokens, and the ring after the step."""
-        far = step.far
-        assert far is not None
         if self.compact:
-            index = step.first[:, None] - self.window + jnp.arange(nearest.keys.shape[1])
+            index = first[:, None] - self.window + jnp.arange(nearest.keys.shape[1])
             turned = heads.turned(nearest.keys, far.rank - index)
             nearest = nearest._replace(keys=turned)
-        if far.packed is None or far.ring_slot is None or far.ring_from is None:
+        if far.turnover is None:
             ring = ring.put(far.rank, nearest, far.leaves)
             return RangeSource(*ring, far.start, far.end, finite=True), ring
         listed = KeysValues(
             *(
                 jnp.concatenate([old, new], axis=1)
-                for old, new in zip(ring.pick(far.ring_slot), nearest, strict=True)
+                for old, new in zip(ring.pick(far.turnover.slot), nearest, strict=True)
             )
         )
-        source = RangeSource(*listed, far.start, far.end, packed=far.packed)
-        return source, listed.pick(far.ring_from)
+        source = RangeSource(*listed, far.start, far.end, packed=far.turnover.packed)
+        return source, listed.pick(far.turnover.source)

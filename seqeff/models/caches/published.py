@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.attend import attend, attend_blocks
-from seqeff.models.caches.protocol import Sizes, aligned, pick, put
-from seqeff.models.caches.whole import KeysValues
+from seqeff.models.caches.entries import KeysValues, aligned, pick, put
+from seqeff.models.caches.protocol import Sizes
 from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import Backend, PackedIndices, RangeSource, pack
@@ -76,7 +76,10 @@ class PublishedCache:
     entries_limit: int
     chooser: Any
     compact: bool = True
-    grows: bool = False
+
+    @property
+    def grows(self) -> bool:
+        return False
 
     def empty(self, sizes: Sizes) -> tuple[PublishedState, KeysValues]:
         slots = aligned(self.entries_limit + 1)
@@ -88,46 +91,68 @@ class PublishedCache:
         self, state: PublishedState, tokens: Int[Array, "batch rows"], count: Int[Array, " batch"]
     ) -> tuple[PublishedStep, PublishedState]:
         rows, slots = tokens.shape[1], state.separates.shape[1]
-        row, entry, counts = jnp.arange(rows), jnp.arange(slots + rows), count[:, None]
-        place, end = state.filled[:, None] + row, state.filled[:, None] + counts
+        row, entry = jnp.arange(rows), jnp.arange(slots + rows)
+        counts, filled = count[:, None], state.filled[:, None]
+        # the list: of the entries and, right after them, the new tokens
+        place, end = filled + row, filled + counts
         found = self.chooser.are_separators(tokens, state.length[:, None] + row)
         separates = jnp.pad(state.separates, ((0, 0), (0, rows)))
         separates = put(separates, place, found, row < counts)
         separates &= (entry >= self.initial) & (entry < end)
         separators = pack(separates)
         before = separators.count - separates
-
-        def evict(_: Any, starts: tuple[Array, Array]) -> tuple[Array, Array]:
-            """The next eviction of each row of the batch, if there is one."""
-            past_start, start = starts
-            kept = jnp.minimum(pick(before, start), self.separators)
-            last = self.entries_limit - self.initial - kept + start
-            evicts = last < end
-            start = jnp.where(evicts, last + 1 - self.local, start)
-            return jnp.where(evicts & (place > last), start, past_start), start
-
-        start = jnp.full_like(end, self.initial)
-        # tokens from one eviction to the next, at least
-        between = self.entries_limit + 1 - self.initial - self.separators - self.local
-        starts = (jnp.broadcast_to(start, place.shape), start)
-        evictions = 1 + (rows - 1) // between
-        past_start, start = jax.lax.fori_loop(0, evictions, evict, starts)
-        rank, last_rank = pick(before, past_start), pick(before, start)
-        kept = separates & (before >= last_rank - self.separators) & (entry < start)
-        stays = (entry < self.initial) | kept | ((entry >= start) & (entry < end))
+        past_start, last_start = self._past_windows(before, place, end)
+        last_rank = pick(before, last_start)
+        newest = separates & (before >= last_rank - self.separators) & (entry < last_start)
+        stays = (entry < self.initial) | newest | ((entry >= last_start) & (entry < end))
         moves = pack(stays, slots).indices
-        filled = jnp.minimum(last_rank, self.separators) + end - start + self.initial
+        staying = jnp.minimum(last_rank, self.separators) + end - last_start + self.initial
         step = PublishedStep(
             state.length,
             count,
             state.filled,
             past_start,
             separators,
-            rank,
-            moves,
-            evicts=start[:, 0] > self.initial,
+            rank=pick(before, past_start),
+            moves=moves,
+            evicts=last_start[:, 0] > self.initial,
         )
-        return step, PublishedState(state.length + count, filled[:, 0], pick(separates, moves))
+        return step, PublishedState(state.length + count, staying[:, 0], pick(separates, moves))
+
+    def _past_windows(
+        self,
+        before: Int[Array, "batch list"],
+        place: Int[Array, "batch rows"],
+        end: Int[Array, "batch 1"],
+    ) -> tuple[Int[Array, "batch rows"], Int[Array, "batch 1"]]:
+        """Where in the list the past window begins, for each new token and after all of them.
+
+        The token that is one entry too many attends them all; then the past window is emptied, and
+        the next one begins where the local window does. The entries before the past window that
+        are still there are the initial tokens and the newest separators.
+
+        Args:
+          before: how many separators are before each entry of the list.
+          place: of each new token in the list.
+          end: of the list.
+        """
+
+        def evict(_: Any, windows: tuple[Array, Array]) -> tuple[Array, Array]:
+            """The next eviction of each row of the batch, if there is one."""
+            seen, current = windows
+            kept = jnp.minimum(pick(before, current), self.separators)
+            one_too_many = self.entries_limit - self.initial - kept + current
+            evicts = one_too_many < end
+            current = jnp.where(evicts, one_too_many + 1 - self.local, current)
+            return jnp.where(evicts & (place > one_too_many), current, seen), current
+
+        # separators that earlier evictions left count as of the past window until the next one
+        current = jnp.full_like(end, self.initial)
+        # tokens from one eviction to the next, at least
+        between = self.entries_limit + 1 - self.initial - self.separators - self.local
+        evictions = 1 + (place.shape[1] - 1) // between
+        windows = (jnp.broadcast_to(current, place.shape), current)
+        return jax.lax.fori_loop(0, evictions, evict, windows)
 
     def attend(
         self, step: PublishedStep, arrays: KeysValues, heads: Heads, backend: Backend

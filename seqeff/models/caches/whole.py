@@ -11,31 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqeff.models.attend import attend, attend_blocks
-from seqeff.models.caches.protocol import Sizes, pick, put
+from seqeff.models.caches.entries import KeysValues, put
+from seqeff.models.caches.protocol import Sizes
 from seqeff.models.heads import Heads
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.range_attention import Backend, TokenSource
-
-
-class KeysValues(NamedTuple):
-    """Entries of a layer."""
-
-    keys: Float[Array, "batch slots kv_heads head_dim"]
-    values: Float[Array, "batch slots kv_heads head_dim"]
-
-    @classmethod
-    def empty(cls, sizes: Sizes, slots: int) -> KeysValues:
-        """Zeros."""
-        shape = (sizes.batch, slots, sizes.kv_heads, sizes.head_dim)
-        return cls(jnp.zeros(shape, sizes.dtype), jnp.zeros(shape, sizes.dtype))
-
-    def put(self, slot: Array, new: KeysValues, where: Array) -> KeysValues:
-        """With entries written to slots where asked to."""
-        return KeysValues(*(put(x, slot, y, where) for x, y in zip(self, new, strict=True)))
-
-    def pick(self, slot: Array) -> KeysValues:
-        """The entries in slots."""
-        return KeysValues(*(pick(x, slot) for x in self))
 
 
 class Appended(NamedTuple):
@@ -64,7 +44,10 @@ class WholeCache:
     """Every token, for any attention: it plans anew from all of them each time."""
 
     attention: Any
-    grows: bool = True
+
+    @property
+    def grows(self) -> bool:
+        return True
 
     def empty(self, sizes: Sizes) -> tuple[History, KeysValues]:
         tokens = jnp.zeros((sizes.batch, sizes.capacity), jnp.int32)
@@ -112,7 +95,9 @@ class WholeCache:
 class TokenCache:
     """Every token, all of which the later ones attend."""
 
-    grows: bool = True
+    @property
+    def grows(self) -> bool:
+        return True
 
     def empty(self, sizes: Sizes) -> tuple[Int[Array, " batch"], KeysValues]:
         return jnp.zeros(sizes.batch, jnp.int32), KeysValues.empty(sizes, sizes.capacity)
