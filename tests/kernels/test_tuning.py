@@ -509,7 +509,8 @@ def test_a_process_that_waits_for_the_device_is_not_ended(tmp_path):
 
 
 @pytest.mark.parametrize("kind", tune.KINDS)
-def test_the_kinds_of_attention(kind):
+def test_the_kinds_of_attention(kind, monkeypatch):
+    monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
     shape = tune.attention_shapes.SHAPES["multi-query"]
     sets, sources = tune._attention_inputs(
         shape, tune.Task("attention", "", kind, None if kind == "causal" else 7)
