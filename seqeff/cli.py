@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--method", nargs="+", choices=_METHODS, help=text)
     text = "with --streaming: besides, streams that go on from book to book"
     evaluate.add_argument("--carry", action="store_true", help=text)
-    text = "with --streaming: a line for each book too"
+    text = "with --streaming: lines of the books too, before that of their method"
     evaluate.add_argument("--per-book", action="store_true", help=text)
     text = "with --streaming: tokens taken at a time (default: 512)"
     evaluate.add_argument("--chunk", type=_positive, help=text)
