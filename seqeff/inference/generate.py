@@ -128,26 +128,28 @@ class Generator:
         kept = most_kept(self._config, jnp.asarray([prompt], jnp.int32), count)
         # few sizes, for each of which the steps compile
         kept = max(_LEAST_KEPT, 1 << (kept - 1).bit_length())
-        token, cache = 0, self._empty(kept=kept)
+        cache = self._empty(kept=kept)
         self.use = use = CacheUse()
-
-        def take(ids: np.ndarray, part: int) -> int:
-            nonlocal cache
-            drawn, cache = extend(ids[None].astype(np.int32), part, cache)
-            token, read, resident = jax.device_get(drawn)
-            use.add(part, float(read), int(resident))
-            return int(token)
-
-        for first in range(0, len(prompt), _CHUNK):
-            part = prompt[first : first + _CHUNK]
+        parts, waiting = [prompt[i : i + _CHUNK] for i in range(0, len(prompt), _CHUNK)], []
+        for part in parts:
             # rounding up keeps the number of compiled lengths small
-            token = take(np.pad(part, (0, -len(part) % _ROUNDING)), len(part))
+            ids = np.pad(part, (0, -len(part) % _ROUNDING))
+            drawn, cache = extend(ids[None].astype(np.int32), len(part), cache)
+            waiting.append(drawn)
+        # the device is waited for only here
+        drawn = jax.device_get(waiting)
+        for part, found in zip(parts, drawn, strict=True):
+            use.add(len(part), float(found.read), int(found.resident))
+        token = int(drawn[-1].token)
         for index in range(count):
             if token == stop:
                 return
             yield token
             if index + 1 < count:
-                token = take(np.asarray([token]), 1)
+                drawn, cache = extend(np.asarray([[token]], np.int32), 1, cache)
+                found = jax.device_get(drawn)
+                use.add(1, float(found.read), int(found.resident))
+                token = int(found.token)
 
 
 def generation_context(config: TransformerConfig, length: int) -> int | None:
