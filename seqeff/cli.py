@@ -392,12 +392,15 @@ def _stream(
         for name, variant in variants.items()
         if name.lower() in wanted or (name == own and "own" in wanted)
     }
+    if not streams and "dense" not in wanted:
+        raise UserError(f"this attention has no stream but its own, {own}; give --method own")
     books = comparison.read_books(tokenizer, options.streaming)
-    require_positions(model, books, options.carry)
     length = config.data.sequence_length
-    longest = (sum if options.carry else max)(len(book.tokens) for book in books)
-    if told := comparison.warning(model, longest, length):
-        print(f"seqeff: {told}", file=sys.stderr)
+    if streams:
+        require_positions(model, books, options.carry)
+        longest = (sum if options.carry else max)(len(book.tokens) for book in books)
+        if told := comparison.warning(model, longest, length):
+            print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
     rows: dict[str, list[StreamResult]] = {}
     results = []

@@ -323,12 +323,19 @@ def test_some_methods_alone(finished, tiny, tmp_path):
     def methods_of(*options):
         result = seqeff("eval", finished, "--streaming", book, *options)
         assert result.status == 0, result.errors
+        assert ("warning" in result.errors) == (options[1] != "dense")
         return [line[:22].strip() for line in result.output.splitlines()[1:]]
 
-    # no layer needs a bound where nothing is streamed
+    # no layer needs a bound, and no position is far, where nothing is streamed
     assert methods_of("--method", "dense") == ["dense, rows of 32"]
     assert methods_of("--method", "streamingllm", *BOUNDED) == ["StreamingLLM"]
     assert methods_of("--method", "own", "--carry", *BOUNDED) == ["SepLLM", "SepLLM, carried"]
+    window = [
+        "--gin.TransformerConfig.attention=@DenseAttention()",
+        "--gin.DenseAttention.window=8",
+    ]
+    line = refused("eval", finished, "--streaming", book, "--method", "streamingllm", *window)
+    assert "no stream but its own, own attention; give --method own" in line
 
 
 def test_texts_are_read_as_training_reads_them(finished, tmp_path):
