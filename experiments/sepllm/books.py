@@ -20,6 +20,8 @@ def wrapped(text: str) -> str:
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
     source, target = map(Path, sys.argv[1:])
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob("*.txt")):

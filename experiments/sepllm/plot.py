@@ -2,16 +2,11 @@
 
     python experiments/sepllm/plot.py
 
-Needs matplotlib: pip install 'seqeff[plot]'.
+Needs matplotlib.
 """
 
 import json
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 _HERE = Path(__file__).parent
 # of the mean over neighbouring lines of metrics
@@ -32,6 +27,13 @@ def losses(path: Path) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     """Draws every run that began from nothing."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"plot: {error}; pip install -e '.[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     for path in sorted((_HERE / "small_models_h100").glob("*.jsonl")):
         if "post_training" not in path.stem:
