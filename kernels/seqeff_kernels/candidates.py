@@ -62,6 +62,8 @@ TRITON_STEPS = (
         (128, 64, 8, 3, True),
         (128, 64, 8, 3, False),
         (128, 64, 8, 2, False),
+        (128, 32, 8, 2, True),
+        (64, 32, 8, 2, True),
     ),
     _triton_step(
         "training",
@@ -71,6 +73,10 @@ TRITON_STEPS = (
         (64, 32, 4, 3, False),
         (64, 32, 4, 4, False),
         (128, 64, 8, 3, False),
+        (64, 64, 8, 2, True),
+        (64, 64, 8, 2, False),
+        (64, 32, 8, 2, True),
+        (64, 32, 8, 3, True),
     ),
     _triton_step(
         "training",
@@ -80,6 +86,9 @@ TRITON_STEPS = (
         (64, 64, 4, 2, True),
         (64, 64, 4, 2, False),
         (64, 128, 8, 3, True),
+        (64, 64, 8, 2, True),
+        (32, 64, 8, 2, True),
+        (64, 32, 8, 2, True),
     ),
     _triton_step(
         "training",
@@ -88,6 +97,9 @@ TRITON_STEPS = (
         (32, 64, 4, 3, False),
         (64, 64, 4, 2, True),
         (64, 64, 4, 2, False),
+        (32, 64, 8, 2, True),
+        (64, 32, 8, 2, True),
+        (64, 32, 8, 2, False),
     ),
 )
 

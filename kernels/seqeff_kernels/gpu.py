@@ -37,6 +37,16 @@ def partition_obstacle() -> str | None:
     return f"XLA cannot split it over a mesh of {mesh.size} devices; call it under jax.shard_map"
 
 
+def covered(backend: Any, queries: Array) -> bool:
+    """Whether the GPU checks cover the queries' head size and dtype on the default device.
+
+    Args:
+      backend: a module that lists what has passed, as TESTED and TESTED_CAPABILITIES.
+    """
+    size = queries.shape[-1], str(queries.dtype)
+    return size in backend.TESTED and compute_capability() in backend.TESTED_CAPABILITIES
+
+
 def say_taken(taken: str, passed_over: Sequence[str], queries: Array) -> str:
     """What `auto` takes; where that is the portable form, why not one of kernels that could serve.
 

@@ -191,7 +191,7 @@ def test_a_gradient_is_refused():
 def hopper(monkeypatch):
     """A machine that looks like one with a Hopper GPU."""
     monkeypatch.setattr(triton, "triton_obstacle", lambda: None)
-    monkeypatch.setattr(triton, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
 
 
 def like(*shape, dtype=jnp.bfloat16):

@@ -91,7 +91,8 @@ def automatic(
     serving = [
         name
         for name in _KERNELS
-        if _BACKENDS[name].tested(queries) and not _BACKENDS[name].obstacle(queries, blocks, new)
+        if gpu.covered(_BACKENDS[name], queries)
+        and not _BACKENDS[name].obstacle(queries, blocks, new)
     ]
     if not serving:
         return "xla"

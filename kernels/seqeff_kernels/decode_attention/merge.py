@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqeff_kernels import gpu
-from seqeff_kernels.decode_attention.plan import power_of_two
+from seqeff_kernels.tuning import power_of_two
 
 # of partial outputs, that a program merges: a launch of many small ones takes longer than its reads
 _PROGRAM_NUMBERS = 2048

@@ -75,12 +75,6 @@ def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | N
     return None
 
 
-def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
-    size = queries.shape[-1], str(queries.dtype)
-    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
-
-
 def plan(sizes: Sizes) -> Plan:
     """The plan where nothing is tuned: parts that fill the chip, and as much in flight as fits."""
     workers = _workers(sizes)

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from seqeff_kernels import tuning
 from seqeff_kernels.decode_attention.blocks import CacheBlock, NewEntries
 from seqeff_kernels.decode_attention.merge import merge
-from seqeff_kernels.decode_attention.plan import Plan, Sizes, plan, power_of_two, query_tile
-from seqeff_kernels.gpu import compute_capability, triton_call, triton_obstacle
+from seqeff_kernels.decode_attention.plan import Plan, Sizes, plan, query_tile
+from seqeff_kernels.gpu import triton_call, triton_obstacle
+from seqeff_kernels.tuning import power_of_two
 
 MAXIMUM_BLOCKS = 3
 DTYPES = ("bfloat16", "float16")
@@ -39,12 +40,6 @@ def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | N
     if queries.shape[-1] not in HEAD_DIMS:
         return f"head_dim {queries.shape[-1]} is not one of {HEAD_DIMS}"
     return None
-
-
-def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
-    size = queries.shape[-1], str(queries.dtype)
-    return size in TESTED and compute_capability() in TESTED_CAPABILITIES
 
 
 def chosen_plan(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> Plan:

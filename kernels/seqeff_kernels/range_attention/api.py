@@ -73,7 +73,7 @@ def automatic(queries: Float[Array, "batch rows heads head_dim"], sources: Seque
     serving = [
         name
         for name in _KERNELS
-        if _BACKENDS[name].tested(queries) and not _BACKENDS[name].obstacle(queries, sources)
+        if gpu.covered(_BACKENDS[name], queries) and not _BACKENDS[name].obstacle(queries, sources)
     ]
     if not serving:
         return "xla"

@@ -63,12 +63,6 @@ def obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
     return None
 
 
-def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
-    size = queries.shape[-1], str(queries.dtype)
-    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
-
-
 def execution(queries: Array, sources: tuple[Source, ...]) -> Execution:
     """How this backend serves a call: in tiles of its own; gradients are sums in any order."""
     del queries, sources

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from seqeff_kernels import gpu
+from seqeff_kernels import gpu, tuning
 from seqeff_kernels.range_attention.packing import PackedIndices, ungather
 from seqeff_kernels.range_attention.packing import gather as gather_portably
 from seqeff_kernels.range_attention.sources import ListedSource, RangeSource, Source, TokenSource
@@ -168,7 +168,7 @@ def _launch(tokens: Array, packed: PackedIndices) -> dict:
     batch, length, kv_heads, head_dim = tokens.shape
     capacity, features = packed.indices.shape[1], kv_heads * head_dim
     block_entries, block_features = _GATHER_TILE
-    block_features = min(block_features, 1 << (features - 1).bit_length())
+    block_features = min(block_features, tuning.power_of_two(features))
     return {
         "grid": (-(-capacity // block_entries), -(-features // block_features), batch),
         "num_warps": 4,

@@ -75,12 +75,6 @@ def kernel_obstacle(
     return gpu.partition_obstacle()
 
 
-def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
-    size = queries.shape[-1], str(queries.dtype)
-    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
-
-
 def attend(
     queries: Float[Array, "batch rows heads head_dim"],
     sources: tuple[Source, ...],

@@ -95,20 +95,18 @@ def shape_obstacle(queries: Array, sources: tuple[Source, ...]) -> str | None:
 
 def plan(head_dim: int, dtype: str) -> Plan:
     """Tiles for what no table lists."""
-    if head_dim > 128 or dtype == "float32":
+    if dtype == "float32":
         small = Tiles(64, 32, 4, 2)
         return Plan(small, small, Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 2))
+    if head_dim > 128:
+        # eight warps: with four, the accumulators do not fit in registers
+        wide = Tiles(64, 32, 8, 2)
+        return Plan(Tiles(64, 32, 4, 2), wide, wide, wide)
     if head_dim > 64:
         entries = Tiles(32, 64, 4, 3)
         return Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), entries, entries)
     entries = Tiles(64, 64, 4, 3)
     return Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), entries, entries)
-
-
-def tested(queries: Array) -> bool:
-    """Whether the GPU checks cover this head size and dtype here; `auto` serves nothing else."""
-    size = queries.shape[-1], str(queries.dtype)
-    return size in TESTED and gpu.compute_capability() in TESTED_CAPABILITIES
 
 
 def attend(
@@ -401,7 +399,7 @@ def _has_full_tiles(static: Static, tiles: Tiles) -> bool:
 
 def _block_dim(head_dim: int) -> int:
     """The power of two that holds a head, at least the tensor cores' depth."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, tuning.power_of_two(head_dim))
 
 
 def _kernel(name: str) -> Any:
