@@ -258,10 +258,12 @@ def test_auto_takes_the_first_kernel_that_serves_and_is_tested(
     arrays, monkeypatch, serve, tested, taken
 ):
     queries, keys, values = arrays
+    size = queries.shape[-1], str(queries.dtype)
+    monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
     for name, backend in (("cudnn", cudnn), ("mosaic", mosaic), ("triton", triton)):
         obstacle = None if name in serve else "not here"
         monkeypatch.setattr(backend, "obstacle", lambda *_, found=obstacle: found)
-        monkeypatch.setattr(backend, "tested", lambda _, found=name in tested: found)
+        monkeypatch.setattr(backend, "TESTED", {size} if name in tested else set())
     assert automatic(queries, [TokenSource(keys, values)]) == taken
 
 

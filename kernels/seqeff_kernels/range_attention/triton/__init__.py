@@ -99,9 +99,13 @@ def plan(head_dim: int, dtype: str) -> Plan:
         small = Tiles(64, 32, 4, 2)
         return Plan(small, small, Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 2))
     if head_dim > 128:
-        # eight warps: with four, the accumulators do not fit in registers
-        wide = Tiles(64, 32, 8, 2)
-        return Plan(Tiles(64, 32, 4, 2), wide, wide, wide)
+        # with the tiles of smaller heads, accumulators do not fit in registers
+        return Plan(
+            forward=Tiles(64, 32, 4, 2),
+            queries_gradient=Tiles(64, 32, 4, 4, full=False),
+            packed_gradient=Tiles(64, 64, 8, 2),
+            entries_gradient=Tiles(32, 64, 8, 2),
+        )
     if head_dim > 64:
         entries = Tiles(32, 64, 4, 3)
         return Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), entries, entries)
