@@ -38,7 +38,6 @@ _ROW_TOLERANCES = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-2}
 # of the portable form's error in a row, where that exceeds the tolerance
 _MARGIN = 1.5
 _REPEATS = 100
-_SECONDS = 540  # of a process, after which its remaining checks have failed
 _CASES: tuple[RangeCase | DecodeCase, ...] = (*RANGE_CASES, *DECODE_CASES)
 
 
@@ -186,18 +185,20 @@ def _run(number: int, backend: str | None, repeats: int) -> dict[str, Any]:
         return {**case.describe(), "error": message, "passed": False}
 
 
-def _run_share(numbers: Sequence[int], settings: Sequence[str]) -> list[dict[str, Any]]:
+def _run_share(
+    numbers: Sequence[int], settings: Sequence[str], seconds: float
+) -> list[dict[str, Any]]:
     """Checks in a process of their own, which a crash of one ends."""
     call = [sys.executable, __file__, *settings, "--checks", *map(str, numbers)]
     # else each process takes most of the memory for itself
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
         done = subprocess.run(
-            call, env=environment, capture_output=True, timeout=_SECONDS, check=False
+            call, env=environment, capture_output=True, timeout=seconds, check=False
         )
         printed, said = done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
-        printed, said = late.stdout or b"", f"not done after {_SECONDS} s".encode()
+        printed, said = late.stdout or b"", f"not done after {seconds:g} s".encode()
     lines = printed.decode(errors="replace").splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
     lost = [_CASES[number].describe() for number in numbers[len(found) :]]
@@ -279,6 +280,8 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=_REPEATS, help="compared bit for bit")
     parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
+    text = "of a process, after which its remaining checks have failed (default: %(default)s)"
+    parser.add_argument("--seconds", type=float, default=540, help=text)
     parser.add_argument("--checks", type=int, nargs="+", help="by number, in this process")
     parser.add_argument("--list", action="store_true", help="describes the cases alone")
     parser.add_argument("--hash", action="store_true", help="prints the kernels' hash alone")
@@ -301,7 +304,9 @@ def main() -> int:
     settings += ["--backend", options.backend] if options.backend else []
     shares = [numbers[share :: options.processes] for share in range(options.processes)]
     with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
-        found = pool.map(lambda share: _run_share(share, settings), filter(len, shares))
+        found = pool.map(
+            lambda share: _run_share(share, settings, options.seconds), filter(len, shares)
+        )
         results = [result for share in found for result in share]
     return _finish(_report(results), options.json)
 
