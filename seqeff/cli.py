@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from seqeff import training
     from seqeff.config import LoadedConfig
     from seqeff.data import Tokenizer
+    from seqeff.inference import Named, Piece
+    from seqeff.models import TransformerConfig
     from seqeff.runs import RunDirectory
     from seqeff.training.program import Program
 
@@ -84,6 +86,8 @@ def _nearest(name: str, candidates: Sequence[str]) -> str:
 
 
 _METHODS = ("dense", "streamingllm", "own")
+# prompts that are continued at a time
+_BATCH = 16
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,19 +140,39 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, help=text)
     _add_checkpoint(evaluate)
 
-    generate = command("generate", _generate, "Continue a prompt with a run's model.", True)
+    text = "Continue prompts with a run's model."
+    generate = command("generate", _generate, text, True)
     text = "the run's directory"
     generate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="printed before its continuation")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt of any length")
+    text = (
+        "a JSON object a line, with prompt and perhaps id, tokens, stop and the settings below in "
+        "place of those given; -: the standard input"
+    )
+    prompt.add_argument("--prompts", metavar="FILE.jsonl", help=text)
     generate.add_argument("--tokens", type=_positive, default=200, help="at most (default: 200)")
     text = "of prompt and continuation, where caches grow (default: the run's row)"
     generate.add_argument("--context", type=_positive, metavar="TOKENS", help=text)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
     generate.add_argument("--top-k", type=_positive, help="draw among the likeliest (default: all)")
+    text = "draw among the likeliest that together have this probability (default: all)"
+    generate.add_argument("--top-p", type=float, metavar="P", help=text)
+    text = "draw among those at least P times as likely as the likeliest (default: all)"
+    generate.add_argument("--min-p", type=float, metavar="P", help=text)
+    text = "above 1: tokens that occurred are less likely (default: 1)"
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=text)
+    text = "end before this text; any number of times"
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
     text = "another one draws another continuation (default: 0)"
     generate.add_argument("--seed", type=int, default=0, help=text)
+    text = "with --prompts: at a time (default: 16)"
+    generate.add_argument("--batch", type=_positive, metavar="SLOTS", help=text)
+    text = "with --prompts: where results go, a JSON object a line (default: the standard output)"
+    generate.add_argument("--output", type=Path, metavar="FILE.jsonl", help=text)
+    text = "with --prompts: the tokens' ids and log-probabilities too"
+    generate.add_argument("--log-probabilities", action="store_true", help=text)
     _add_checkpoint(generate)
 
     text = "Which methods, backends and devices are available here, and why not."
@@ -430,42 +454,39 @@ def _stream(
 def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
-    from seqeff.evaluation.comparison import warning
-    from seqeff.inference import (
-        Generator,
-        Sampling,
-        check_prompt,
-        decode_stream,
-        generation_context,
-    )
+    from seqeff.inference import Engine, check_room, generation_context, most_kept_by
 
-    text = _prompt(options)
-    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
+    for name in ("batch", "output", "log_probabilities"):
+        if getattr(options, name) and options.prompts is None:
+            raise UserError(f"--{name.replace('_', '-')} is for --prompts FILE.jsonl; give both")
+    requests = _text_requests(options)
     run, config, tokenizer = _open(options, overrides)
+    named = requests(tokenizer)
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = generation_context(model, options.context or length)
     if context is None and options.context:
         raise UserError("--context is for caches that grow; this model's do not: leave it out")
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(text)]
-    check_prompt(prompt, context)
+    for _, request in named:
+        check_room(request, context)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
-    whole = len(prompt) + options.tokens
-    if context is not None and whole > context:
-        print(
-            f"seqeff: the context of {context:,} leaves room for {context - len(prompt):,} of "
-            f"{options.tokens:,} tokens; --context gives more",
-            file=sys.stderr,
-        )
-    if told := warning(model, min(whole, context or whole), length):
-        print(f"seqeff: {told}", file=sys.stderr)
-    generator = Generator(program.model, tokenizer.vocabulary_size, context)
+    _tell_room(model, named, context, length)
+    engine = Engine(
+        program.model,
+        tokenizer,
+        slots=min(options.batch or _BATCH, len(named)),
+        context=context,
+        kept=most_kept_by(program.model, (request for _, request in named)),
+    )
     with jax.set_mesh(program.mesh):
-        ids = generator.stream(parameters, prompt, options.tokens, sampling, tokenizer.end_of_text)
-        print(options.prompt or "", end="", flush=True)
-        for text in decode_stream(tokenizer, ids):
-            print(text, end="", flush=True)
-    print(flush=True)
-    use = generator.use
+        pieces = engine.stream(parameters, (request for _, request in named))
+        if options.prompts is None:
+            print(options.prompt or "", end="", flush=True)
+            for piece in pieces:
+                print(piece.text, end="", flush=True)
+            print(flush=True)
+        else:
+            _write_results(options, named, pieces)
+    use = engine.use
     print(
         f"seqeff: {use.tokens:,} tokens read {use.read / use.tokens:,.1f} entries a layer in the "
         f"mean; a layer held {use.resident:,} at most",
@@ -474,16 +495,84 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _prompt(options: argparse.Namespace) -> str:
+def _text_requests(options: argparse.Namespace) -> Callable[[Tokenizer], list[Named]]:
+    """What makes the requests once there is a tokenizer; settings are checked before."""
     from seqeff.data.files import decode_utf8, read_bytes
+    from seqeff.inference import Named, Request, Sampling, read_requests, to_request
 
+    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    defaults = Request(
+        prompt=(0,),
+        tokens=options.tokens,
+        sampling=Sampling(**{name: getattr(options, name) for name in fields}),
+        stops=tuple(options.stop),
+    )
+    if options.prompts is not None:
+        return lambda tokenizer: read_requests(options.prompts, tokenizer, defaults)
+    text = options.prompt
     if options.prompt_file is not None:
-        return decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
-    try:
-        options.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is not valid text: {error}") from error
-    return options.prompt
+        text = decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
+    return lambda tokenizer: [Named(1, to_request(tokenizer, text, defaults))]
+
+
+def _tell_room(
+    model: TransformerConfig, named: Sequence[Named], context: int | None, length: int
+) -> None:
+    """Says which prompts leave too little room in the context, and which positions are new.
+
+    Args:
+      length: of the rows that the model was trained on.
+    """
+    from seqeff.evaluation.comparison import warning
+
+    whole = [len(request.prompt) + request.tokens for _, request in named]
+    if context is not None and max(whole) > context:
+        short = [request for (_, request), size in zip(named, whole, strict=True) if size > context]
+        room, others = context - len(short[0].prompt), ""
+        if len(short) > 1:
+            others = f", and for {len(short) - 1:,} other prompts too few"
+        print(
+            f"seqeff: the context of {context:,} leaves room for {room:,} of "
+            f"{short[0].tokens:,} tokens{others}; --context gives more",
+            file=sys.stderr,
+        )
+    if told := warning(model, min(max(whole), context or max(whole)), length):
+        print(f"seqeff: {told}", file=sys.stderr)
+
+
+def _write_results(
+    options: argparse.Namespace, named: Sequence[Named], pieces: Iterable[Piece]
+) -> None:
+    """Writes a line a request; a file is complete, or called `.partial`."""
+    import json
+
+    from tqdm import tqdm
+
+    from seqeff.checks import writing
+    from seqeff.inference import results
+
+    names = [name for name, _ in named]
+    bar = tqdm(total=len(names), unit=" prompts", disable=None, dynamic_ncols=True)
+    partial = (
+        None
+        if options.output is None
+        else options.output.with_name(options.output.name + ".partial")
+    )
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if partial is not None:
+            stack.enter_context(writing(str(options.output), "or choose another --output"))
+            file = stack.enter_context(open(partial, "w", encoding="utf-8"))
+        stack.enter_context(bar)
+        for result in results(
+            names,
+            pieces,
+            log_probabilities=options.log_probabilities,
+            told=lambda piece: bar.update(piece.reason is not None),
+        ):
+            print(json.dumps(result, ensure_ascii=False), file=file, flush=True)
+    if partial is not None:
+        os.replace(partial, options.output)
 
 
 def _info(options: argparse.Namespace, _: Sequence[str]) -> int:

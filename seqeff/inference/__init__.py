@@ -1,11 +1,28 @@
-"""Sampling from a trained model."""
+"""Sampling from models, many requests at a time."""
 
-from seqeff.inference.generate import (
-    Generator,
-    Sampling,
-    check_prompt,
-    decode_stream,
+from seqeff.inference.engine import (
+    CacheUse,
+    Engine,
+    Piece,
+    Request,
+    check_room,
     generation_context,
+    most_kept_by,
 )
+from seqeff.inference.prompts import Named, read_requests, results, to_request
+from seqeff.inference.sampling import Sampling
 
-__all__ = ["Generator", "Sampling", "check_prompt", "decode_stream", "generation_context"]
+__all__ = [
+    "CacheUse",
+    "Engine",
+    "Named",
+    "Piece",
+    "Request",
+    "Sampling",
+    "check_room",
+    "generation_context",
+    "most_kept_by",
+    "read_requests",
+    "results",
+    "to_request",
+]

@@ -5,6 +5,7 @@ from seqeff.models.cached import (
     Cache,
     CachedTransformer,
     cached_parameters,
+    emptied_rows,
     empty_cache,
     most_kept,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "TransformerConfig",
     "cached_parameters",
     "cross_entropy_sums",
+    "emptied_rows",
     "empty_cache",
     "most_kept",
     "parameter_shardings",

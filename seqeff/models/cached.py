@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.caches import BlockCache, CacheKind, LayersCache, Sizes, aligned, kind_of
 from seqeff.models.heads import Heads
@@ -60,6 +60,20 @@ def empty_cache(
         for attention, first, end in config.runs()
     )
     return Cache(jnp.zeros(batch, jnp.int32), config.positions.carry(batch), layers)
+
+
+def emptied_rows(cache: Cache, rows: Bool[Array, " batch"]) -> Cache:
+    """The cache without the tokens of these rows, which others can take."""
+
+    def emptied(state: Any) -> Any:
+        # a state without tokens is all zeros, and the arrays then hold nothing that is read
+        def clear(x: jax.Array) -> jax.Array:
+            return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x)
+
+        return jax.tree.map(clear, state)
+
+    runs = (dataclasses.replace(run, state=emptied(run.state)) for run in cache.layers)
+    return Cache(emptied(cache.length), emptied(cache.located), tuple(runs))
 
 
 def most_kept(config: TransformerConfig, tokens: Int[Array, "batch length"], further: int) -> int:

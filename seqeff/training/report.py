@@ -9,7 +9,7 @@ import jax
 
 from seqeff.data import PreparedData, place
 from seqeff.evaluation import Perplexity, make_evaluate
-from seqeff.inference import Generator, decode_stream
+from seqeff.inference import Engine, Request
 from seqeff.models.flops import parameter_count
 from seqeff.runs import RunDirectory
 from seqeff.training.config import Train
@@ -42,7 +42,7 @@ class Report:
         self._progress, self._metrics_file, self._tracker = progress, metrics_file, tracker
         self._flops = flops_per_token(program.model, prepared)
         self._evaluate = make_evaluate(program.graph, prepared.tokenizer.byte_lengths())
-        self._generator: Generator | None = None
+        self._engine: Engine | None = None
 
     def size(self) -> str:
         """The run's size, in words."""
@@ -97,21 +97,15 @@ class Report:
     def sample(self, step: int, state: State, record: bool = True) -> str:
         """Continues the config's prompt and reports it."""
         tokenizer, config = self._prepared.tokenizer, self._config
-        if self._generator is None:
-            self._generator = Generator(
-                self._program.model, tokenizer.vocabulary_size, config.data.sequence_length
-            )
+        if self._engine is None:
+            context = config.data.sequence_length
+            self._engine = Engine(self._program.model, tokenizer, context=context)
         prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)]
         prompt = prompt[: config.data.sequence_length // 2]
-        ids = self._generator.stream(
-            state["parameters"],
-            prompt,
-            config.sample_tokens,
-            config.sampling,
-            tokenizer.end_of_text,
-        )
+        request = Request(prompt=prompt, tokens=config.sample_tokens, sampling=config.sampling)
+        pieces = self._engine.stream(state["parameters"], [request])
         # what the model saw: a long prompt is cut
-        text = tokenizer.decode(prompt) + "".join(decode_stream(tokenizer, ids))
+        text = tokenizer.decode(prompt) + "".join(piece.text for piece in pieces)
         if record:
             if jax.process_index() == 0:
                 self._run.add_sample(step, text)

@@ -1,122 +1,13 @@
-"""Generation: what is drawn, when it ends, and the text that comes of it."""
+"""The command: prompts from the line, from files, many at a time, and what it says of them."""
 
-import dataclasses
+import io
+import json
+import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 from tiny_run import refused, seqeff
 
-from seqeff.checks import ConfigError, UserError
-from seqeff.data import Tokenizer
-from seqeff.inference import (
-    Generator,
-    Sampling,
-    check_prompt,
-    decode_stream,
-    generation_context,
-)
-from seqeff.models import SeparatorAttention
-from seqeff.models.flops import entries_of_tokens
-
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-CONTEXT, VOCABULARY, NEVER = 32, 300, -1
-GREEDY = Sampling(temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.load().model.make(nnx.Rngs(3))
-
-
-@pytest.fixture(scope="module")
-def stream(tiny, model):
-    """A function of (prompt, tokens, sampling, stop) that returns ids."""
-    parameters = nnx.to_pure_dict(nnx.split(model)[1])
-    generator = Generator(tiny.load().model, VOCABULARY, CONTEXT)
-    return lambda prompt, tokens, sampling, stop=NEVER: list(
-        generator.stream(parameters, prompt, tokens, sampling, stop)
-    )
-
-
-@nnx.jit
-def _logits(model, tokens):
-    return model.logits(model(tokens))[0, :, :VOCABULARY]
-
-
-def next_logits(model, tokens):
-    # what follows the tokens changes nothing
-    row = np.zeros((1, CONTEXT), np.int32)
-    row[0, : len(tokens)] = tokens
-    return _logits(model, row)[len(tokens) - 1]
-
-
-def test_greedy_is_the_argmax_of_the_whole_forward_pass(model, stream):
-    prompt = [5, 17, 250]
-    expected = list(prompt)
-    for _ in range(8):
-        expected.append(int(jnp.argmax(next_logits(model, expected))))
-    assert stream(prompt, 8, GREEDY) == expected[3:]
-    assert stream(prompt, 8, Sampling(temperature=1.0, top_k=1)) == expected[3:]
-
-
-def test_the_context_is_filled_and_not_exceeded(stream):
-    assert len(stream([1, 2], 1000, GREEDY)) == CONTEXT - 2
-    assert len(stream(list(range(CONTEXT - 1)), 1000, GREEDY)) == 1
-
-
-def test_it_ends_before_the_stop_token(stream):
-    whole = stream([9], 10, Sampling(seed=1))
-    stop = whole[6]
-    assert stream([9], 10, Sampling(seed=1), stop) == whole[: whole.index(stop)]
-
-
-def test_a_seed_gives_the_same_text_and_another_one_other_text(stream):
-    assert stream([3], 20, Sampling(seed=4)) == stream([3], 20, Sampling(seed=4))
-    assert stream([3], 20, Sampling(seed=4)) != stream([3], 20, Sampling(seed=5))
-
-
-def test_only_the_likeliest_are_drawn(model, stream):
-    likeliest = set(np.argsort(next_logits(model, [3]))[-4:].tolist())
-    drawn = {stream([3], 1, Sampling(temperature=5.0, top_k=4, seed=s))[0] for s in range(40)}
-    assert drawn == likeliest
-
-
-def test_draws_follow_the_temperature(model, stream):
-    draws = 300
-    hot = [stream([3], 1, Sampling(temperature=0.1, top_k=None, seed=s))[0] for s in range(draws)]
-    chances = jax.nn.softmax(next_logits(model, [3]) / 0.1)
-    likeliest = int(jnp.argmax(chances))
-    chance = float(chances[likeliest])
-    spread = 4 * np.sqrt(chance * (1 - chance) / draws)
-    assert abs(hot.count(likeliest) / draws - chance) < spread
-
-
-def test_prompts_that_do_not_fit():
-    check_prompt([1], 2)
-    with pytest.raises(UserError, match="empty"):
-        check_prompt([], 8)
-    with pytest.raises(UserError, match="8 tokens; the context of 8 leaves room for 7"):
-        check_prompt([1] * 8, 8)
-
-
-@pytest.mark.parametrize(
-    "values", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"seed": 2**63}]
-)
-def test_sampling_that_cannot_be(values):
-    with pytest.raises(ConfigError, match=f"Sampling.{next(iter(values))}"):
-        Sampling(**values)
-
-
-def test_text_comes_in_whole_characters(finished):
-    tokenizer = Tokenizer.load(finished / "tokenizer")
-    text = "a ☃ and 漢字 in it"
-    parts = list(decode_stream(tokenizer, tokenizer.encode(text)))
-    assert "".join(parts) == text
-    assert "" in parts
 
 
 def test_generate_prints_the_prompt_and_goes_on(finished):
@@ -178,43 +69,6 @@ def test_a_checkpoint_that_does_not_exist(finished):
     assert "no checkpoint of step 7; it has 20, 24" in line
 
 
-BOUNDED = SeparatorAttention(
-    window=9, initial_tokens=2, separators=3, separator_ids=(3, 4, 5), positions="compact"
-)
-
-
-@pytest.mark.parametrize(
-    "attention",
-    [BOUNDED, dataclasses.replace(BOUNDED, positions="absolute")],
-    ids=["compact", "absolute"],
-)
-def test_a_long_prompt_is_continued_as_the_whole_pass_says(tiny, attention, monkeypatch):
-    config = dataclasses.replace(tiny.load().model, attention=attention, layer_attention={})
-    assert generation_context(config, CONTEXT) is None
-    model = config.make(nnx.Rngs(3))
-    generator = Generator(config, VOCABULARY, None)
-    prompt = np.random.default_rng(0).integers(0, VOCABULARY, 1300).tolist()
-    rows, extend = [], generator._extend
-
-    def counted(parameters, tokens, *others, **named):
-        rows.append(tokens.shape[1])
-        return extend(parameters, tokens, *others, **named)
-
-    monkeypatch.setattr(generator, "_extend", counted)
-    ids = list(generator.stream(nnx.to_pure_dict(nnx.split(model)[1]), prompt, 6, GREEDY, NEVER))
-    # memory is that of a chunk, whatever the prompt
-    assert rows == [512, 512, 320, 1, 1, 1, 1, 1]
-    whole = [*prompt, *ids]
-    taken = jnp.asarray([whole[:-1]])
-    entries, _ = entries_of_tokens(config, taken, None)
-    assert (generator.use.tokens, generator.use.resident) == (taken.shape[1], 2 + 3 + 9)
-    assert generator.use.read == pytest.approx(float(entries.sum()))
-    logits = _logits(model, np.asarray([whole], np.int32))[len(prompt) - 1 : -1]
-    # each was the likeliest, as near as float32 tells
-    chosen = np.take_along_axis(np.asarray(logits), np.asarray(ids)[:, None], 1)[:, 0]
-    np.testing.assert_allclose(chosen, logits.max(1), atol=1e-4)
-
-
 def test_the_published_cache_generates(finished):
     options = [
         "--gin.TransformerConfig.attention=@SeparatorAttention()",
@@ -248,3 +102,102 @@ def test_a_prompt_of_any_length_where_caches_do_not_grow(finished):
     assert "warning: positions go up to" in result.errors
     assert "leaves room for" in refused(*command)
     assert "--context is for caches that grow" in refused(*command, *bounded, "--context", 900)
+
+
+LINES = [
+    {"prompt": "the cat", "tokens": 5},
+    {"prompt": "a dog sat on the mat and the cat ran to", "id": "second", "temperature": 0},
+    {"prompt": "the", "seed": 3, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+    {"prompt": "", "stop": ["cat", "dog"]},
+    {"prompt": "big red", "stop": "a", "top_k": 3},
+]
+
+
+def write_lines(path, lines):
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    return path
+
+
+def test_prompts_of_a_file(finished, tmp_path, monkeypatch):
+    file, output = write_lines(tmp_path / "prompts.jsonl", LINES), tmp_path / "results.jsonl"
+    command = ["generate", finished, "--tokens", 9, "--batch", 2, "--log-probabilities"]
+    done = seqeff(*command, "--prompts", file, "--output", output)
+    assert done.status == 0, done.errors
+    assert done.output == ""
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [result["id"] for result in results] == [1, "second", 3, 4, 5]
+    assert results[0]["tokens"] == 5 or results[0]["reason"] == "end"
+    for line, result in zip(LINES, results, strict=True):
+        assert result["reason"] in ("length", "end", "stop")
+        assert len(result["token_ids"]) == len(result["log_probabilities"]) == result["tokens"]
+        assert all(chance <= 0 for chance in result["log_probabilities"])
+        stops = [line["stop"]] if isinstance(line.get("stop"), str) else line.get("stop", [])
+        assert not any(stop in result["text"] for stop in stops)
+    assert not (tmp_path / "results.jsonl.partial").exists()
+    # from the standard input, to the standard output, and all at once
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    again = seqeff(*command[:4], "--prompts", "-")
+    assert again.status == 0, again.errors
+    short = [
+        {name: result[name] for name in ("id", "text", "tokens", "reason")} for result in results
+    ]
+    assert [json.loads(line) for line in again.output.splitlines()] == short
+    # and each as it is alone
+    line = LINES[1]
+    alone = seqeff(*command[:4], "--prompt", line["prompt"], "--temperature", 0)
+    assert alone.output == line["prompt"] + results[1]["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: this is not JSON"),
+        ("[]", "line 2: this is no JSON object"),
+        ('{"promt": "a"}', "line 2: there is no field 'promt'; did you mean 'prompt'?"),
+        ("{}", "line 2: prompt is None: give a text"),
+        ('{"prompt": 3}', "line 2: prompt is 3: give a text"),
+        ('{"prompt": "a", "tokens": 0}', "line 2: Request.tokens = 0 must be at least 1"),
+        ('{"prompt": "a", "tokens": 1.5}', "line 2: tokens is 1.5: give a whole number"),
+        ('{"prompt": "a", "top_p": 2}', "line 2: Sampling.top_p = 2 must be above 0"),
+        ('{"prompt": "a", "seed": "x"}', "line 2: Sampling.seed = 'x'"),
+        ('{"prompt": "a", "stop": 3}', "line 2: stop is 3: give a text"),
+        ('{"prompt": "a", "stop": ""}', "line 2: a stop string is empty"),
+        ('{"prompt": "\\ud800"}', "line 2: the prompt is not valid text"),
+        (json.dumps({"prompt": "the cat " * 40}), "the context of 32 leaves room for 31"),
+    ],
+)
+def test_lines_that_cannot_be(finished, no_devices, tmp_path, line, message):
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line)
+    assert message in refused("generate", finished, "--prompts", file, "--output", output)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_files_that_cannot_be(finished, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert "has no prompts" in refused("generate", finished, "--prompts", empty)
+    assert "cannot read" in refused("generate", finished, "--prompts", tmp_path / "absent")
+    file = write_lines(tmp_path / "prompts.jsonl", LINES[:1])
+    where = tmp_path / "absent" / "results.jsonl"
+    line = refused("generate", finished, "--prompts", file, "--output", where)
+    assert "cannot write" in line and "choose another --output" in line
+    for option in (["--batch", 2], ["--output", where], ["--log-probabilities"]):
+        line = refused("generate", finished, "--prompt", "a", *option)
+        assert f"{option[0]} is for --prompts" in line
+
+
+def test_prompts_that_are_cut_are_told(finished, tmp_path):
+    file = write_lines(tmp_path / "prompts.jsonl", LINES[:3])
+    done = seqeff("generate", finished, "--prompts", file, "--tokens", 40)
+    assert done.status == 0, done.errors
+    assert "of 40 tokens, and for 1 other prompts too few" in done.errors
+
+
+def test_a_stop_string_of_the_command(finished):
+    command = ["generate", finished, "--prompt", "the cat", "--temperature", 0, "--tokens", 12]
+    whole = seqeff(*command).output.removeprefix("the cat").rstrip("\n")
+    stop = whole[4:6]
+    cut = seqeff(*command, "--stop", "never there", "--stop", stop)
+    assert cut.output == "the cat" + whole[: whole.index(stop)] + "\n"
+    assert "a stop string is empty" in refused(*command, "--stop", "")

@@ -42,7 +42,11 @@ class CacheKind(Protocol):
         ...
 
     def empty(self, sizes: Sizes) -> tuple[Any, Any]:
-        """State and arrays of rows without tokens."""
+        """State and arrays of rows without tokens.
+
+        The state is all zeros, and what the arrays hold is never read, so that a row is emptied by
+        clearing its state (`emptied_rows`).
+        """
         ...
 
     def begin(

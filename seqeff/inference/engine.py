@@ -1,0 +1,352 @@
+"""Continuous batching: requests take a fixed number of slots in turn."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from seqeff.checks import UserError, require
+from seqeff.data import Tokenizer
+from seqeff.inference import slots as device
+from seqeff.inference.sampling import WAYS, Sampling, Settings
+from seqeff.inference.text import StoppedText
+from seqeff.models import TransformerConfig, cached_parameters, most_kept
+from seqeff.models.caches import kind_of
+
+# tokens of a prompt that are taken at a time: each count compiles once
+_CHUNKS = (64, 512)
+# calls of the device that are under way while the host reads what earlier ones gave
+_AHEAD = 2
+# from so large a part of the slots on, prompts are read in all of them at once
+_MANY = 4
+_LEAST_KEPT = 256
+
+Reason = Literal["end", "length", "stop"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+      prompt: ids; at least one.
+      tokens: to draw at most.
+      sampling: how each is drawn.
+      stops: texts before the first of which the continuation ends.
+    """
+
+    prompt: Sequence[int]
+    tokens: int
+    sampling: Sampling = Sampling()
+    stops: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, f"Request.tokens = {self.tokens} must be at least 1")
+        if not len(self.prompt):
+            raise UserError("the prompt is empty: give at least one token")
+        if "" in self.stops:
+            raise UserError("a stop string is empty: give text that is to end the continuation")
+
+
+class Piece(NamedTuple):
+    """What a request gives at a time.
+
+    Attributes:
+      request: its number, from 0.
+      text: further text; empty while it may be the beginning of a stop string.
+      tokens: further ids, without the end of text.
+      log_probabilities: theirs, under the model itself.
+      reason: why it ends with this piece: the end of text, as many tokens as asked for or as there
+        was room for, or a stop string; None: it goes on.
+    """
+
+    request: int
+    text: str
+    tokens: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    reason: Reason | None
+
+
+@dataclasses.dataclass
+class CacheUse:
+    """Of the caches, by the prompts' tokens and those drawn that were taken in.
+
+    Attributes:
+      tokens: that many.
+      read: entries that they attended in a layer, themselves included, in the mean over the layers.
+      resident: most entries of a row that a layer held.
+    """
+
+    tokens: int = 0
+    read: float = 0.0
+    resident: int = 0
+
+    def add(self, tokens: int, read: float, resident: int) -> None:
+        """Counts further tokens."""
+        self.tokens, self.read = self.tokens + int(tokens), self.read + float(read)
+        self.resident = max(self.resident, int(resident))
+
+
+class Engine:
+    """Continues prompts, as many at a time as it has slots.
+
+    A request takes a slot as soon as one is free. Prompts go into the caches in chunks, between
+    the steps of the rows that decode, so where caches are of constant size a prompt of any length
+    takes the memory of a chunk. Nothing compiles anew for other lengths or settings. The device
+    never waits for the host, which reads the tokens of a call while later ones run; tokens that a
+    request turns out not to need are dropped. What a request gives does not depend on the others.
+
+    Attributes:
+      use: of the caches, by the latest stream.
+      empty, read, decode: the programs of `slots.py`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 1,
+        context: int | None = None,
+        kept: int | None = None,
+        steps: int = 8,
+    ) -> None:
+        """
+        Args:
+          config: of the model, knowing its vocabulary.
+          slots: requests at a time.
+          context: tokens that prompt and continuation may have together; None: any number, for
+            models whose caches do not grow.
+          kept: see `empty_cache`.
+          steps: of decoding that one call of the device makes.
+        """
+        require(slots >= 1, f"Engine.slots = {slots} must be at least 1")
+        require(steps >= 1, f"Engine.steps = {steps} must be at least 1")
+        self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
+        self.tokenizer = tokenizer
+        end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
+        self._parameters = jax.jit(functools.partial(cached_parameters, config))
+        self.empty = jax.jit(
+            functools.partial(device.empty_slots, config, size, slots, context or 1, kept)
+        )
+        self.read = jax.jit(
+            functools.partial(device.read_prompts, config, end), donate_argnames="slots"
+        )
+        self.decode = jax.jit(
+            functools.partial(device.decode, config, end, steps),
+            static_argnames="way",
+            donate_argnames="slots",
+        )
+
+    def stream(self, parameters: Any, requests: Iterable[Request]) -> Iterator[Piece]:
+        """Yields what requests give, as it comes; each request is taken when a slot is free.
+
+        Args:
+          parameters: of the `Transformer`.
+
+        Raises:
+          UserError: see `check_room`.
+        """
+        self.use = CacheUse()
+        run = _Run(self, self._parameters(parameters), requests)
+        while run.advance():
+            yield from run.finished_calls(_AHEAD)
+        yield from run.finished_calls(0)
+
+
+def check_room(request: Request, context: int | None) -> None:
+    """Raises a UserError if a context has no room for a request's prompt and one token."""
+    length = len(request.prompt)
+    if context is not None and length >= context:
+        raise UserError(
+            f"the prompt has {length} tokens; the context of {context} leaves room for "
+            f"{context - 1} before the first new one; --context gives more, and bounded separators "
+            "in every layer take any number (--gin.SeparatorAttention.separators)"
+        )
+
+
+def generation_context(config: TransformerConfig, length: int) -> int | None:
+    """Tokens that prompt and continuation may have: `length`, or None where memory is constant."""
+    grows = any(kind_of(attention).grows for attention in config.attentions())
+    return length if grows or config.positions.limit is not None else None
+
+
+def most_kept_by(config: TransformerConfig, requests: Iterable[Request]) -> int:
+    """Entries that growing caches of chosen tokens need for any of the requests: `Engine.kept`.
+
+    One of few numbers, as for each the programs compile.
+    """
+    counts = (
+        most_kept(config, np.asarray([request.prompt], np.int32), request.tokens)
+        for request in requests
+    )
+    return max(_LEAST_KEPT, 1 << (max(counts, default=1) - 1).bit_length())
+
+
+class _Occupant:
+    """The request in a slot.
+
+    Attributes:
+      read: tokens of its prompt that calls have taken.
+      scheduled: tokens that calls draw, if it does not end before.
+      reason: why it has ended, once the host knows.
+    """
+
+    def __init__(self, number: int, request: Request, wanted: int, tokenizer: Tokenizer) -> None:
+        self.number, self.request, self.wanted = number, request, wanted
+        self.read = self.scheduled = self._drawn = 0
+        self.reason: Reason | None = None
+        self._text, self._end = StoppedText(tokenizer, request.stops), tokenizer.end_of_text
+
+    @property
+    def reads(self) -> bool:
+        """Whether there is more of its prompt to read."""
+        return self.read < len(self.request.prompt)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether further tokens are to be drawn by further calls."""
+        return not self.reads and self.scheduled < self.wanted and self.reason is None
+
+    def take(self, drawn: Iterable[tuple[int, float]]) -> Piece | None:
+        """What tokens and their log-probabilities give; None where it has ended, or there are none.
+
+        What lies past its end is dropped.
+        """
+        if self.reason is not None:
+            return None
+        text, tokens, probabilities = "", [], []
+        for token, log_probability in drawn:
+            self._drawn += 1
+            if token == self._end:
+                self.reason = "end"
+                break
+            tokens.append(token)
+            probabilities.append(log_probability)
+            text += self._text.push(token)
+            if self._text.stopped:
+                self.reason = "stop"
+                break
+        if self.reason is None and self._drawn == self.wanted:
+            self.reason = "length"
+        if self.reason is not None:
+            text += self._text.finish()
+        elif not tokens:
+            return None
+        return Piece(self.number, text, tuple(tokens), tuple(probabilities), self.reason)
+
+
+class _Call(NamedTuple):
+    """A call of the device that the host has not read: who occupied the slots of its rows."""
+
+    drawn: device.Drawn
+    occupants: tuple[_Occupant | None, ...]
+    taken: int | None  # tokens of prompts; None: it decodes
+
+
+class _Run:
+    """The calls that a stream of requests takes."""
+
+    def __init__(self, engine: Engine, parameters: Any, requests: Iterable[Request]) -> None:
+        self._engine, self._parameters = engine, parameters
+        self._requests = enumerate(requests)
+        self._slots = engine.empty()
+        self._occupants: list[_Occupant | None] = [None] * engine.slots
+        self._calls: collections.deque[_Call] = collections.deque()
+        self._has_read = False  # by the latest call
+
+    def advance(self) -> bool:
+        """Starts the next call; whether there was one to start."""
+        self._admit()
+        reads = [slot for slot, x in enumerate(self._occupants) if x is not None and x.reads]
+        decodes = any(x is not None and x.decodes for x in self._occupants)
+        # in turn, so that neither waits long for the other
+        self._has_read = bool(reads) and not (decodes and self._has_read)
+        if self._has_read:
+            self._read(reads)
+        elif decodes:
+            self._decode()
+        return self._has_read or decodes
+
+    def finished_calls(self, ahead: int) -> Iterator[Piece]:
+        """Pieces of the calls so far but for the latest `ahead`, which are not waited for."""
+        while len(self._calls) > ahead:
+            call = self._calls.popleft()
+            found = jax.device_get(call.drawn)
+            # a call that reads prompts has one step
+            steps = device.Drawn(*(x.reshape(-1, len(call.occupants)) for x in found))
+            self._engine.use.add(
+                steps.is_real.sum() if call.taken is None else call.taken,
+                steps.read.sum(),
+                steps.resident.max(),
+            )
+            for row, occupant in enumerate(call.occupants):
+                if occupant is None:
+                    continue
+                real = steps.is_real[:, row]
+                drawn = (x[:, row][real].tolist() for x in (steps.token, steps.log_probability))
+                piece = occupant.take(zip(*drawn, strict=True))
+                if piece is not None:
+                    yield piece
+
+    def _admit(self) -> None:
+        """Gives the free slots to the next requests."""
+        engine = self._engine
+        for slot, occupant in enumerate(self._occupants):
+            if occupant is not None and (occupant.reads or occupant.decodes):
+                continue
+            self._occupants[slot] = None
+            for number, request in itertools.islice(self._requests, 1):
+                check_room(request, engine.context)
+                room = request.tokens
+                if engine.context is not None:
+                    room = min(room, engine.context - len(request.prompt))
+                self._occupants[slot] = _Occupant(number, request, room, engine.tokenizer)
+
+    def _read(self, slots: Sequence[int]) -> None:
+        """Takes a chunk of the prompt of the first slot, or of each of them where they are many."""
+        count = self._engine.slots
+        rows = None if len(slots) * _MANY >= count else np.asarray(slots[:1])
+        reading: list[_Occupant | None] = [None] * count
+        for slot in slots:
+            reading[slot] = self._occupants[slot]
+        reading = reading if rows is None else [reading[slot] for slot in rows]
+        rest = max(len(x.request.prompt) - x.read for x in reading if x is not None)
+        size = next((chunk for chunk in _CHUNKS if rest <= chunk), _CHUNKS[-1])
+
+        tokens = np.zeros((len(reading), size), np.int32)
+        counts, wanted = np.zeros((2, len(reading)), np.int32)
+        begins = np.zeros(len(reading), bool)
+        for row, occupant in enumerate(reading):
+            if occupant is None:
+                continue
+            part = occupant.request.prompt[occupant.read : occupant.read + size]
+            tokens[row, : len(part)], counts[row] = part, len(part)
+            begins[row] = occupant.read == 0
+            occupant.read += len(part)
+            if not occupant.reads:
+                wanted[row], occupant.scheduled = occupant.wanted, 1
+        settings = Settings.of([Sampling() if x is None else x.request.sampling for x in reading])
+        chunk = device.Chunk(tokens, counts, begins, wanted, settings)
+        self._slots, drawn = self._engine.read(
+            self._parameters, slots=self._slots, rows=rows, chunk=chunk
+        )
+        self._calls.append(_Call(drawn, tuple(reading), int(counts.sum())))
+
+    def _decode(self) -> None:
+        decoding = tuple(None if x is None or x.reads else x for x in self._occupants)
+        for occupant in decoding:
+            if occupant is not None:
+                occupant.scheduled += self._engine.steps
+        ways = {x.request.sampling.way for x in decoding if x is not None}
+        self._slots, drawn = self._engine.decode(
+            self._parameters, slots=self._slots, way=max(ways, key=WAYS.index)
+        )
+        self._calls.append(_Call(drawn, decoding, None))

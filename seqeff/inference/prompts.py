@@ -1,0 +1,129 @@
+"""Requests from a file of JSON lines, and their results in another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from seqeff.checks import UserError
+from seqeff.data import Tokenizer
+from seqeff.data.files import decode_utf8, nearest, read_bytes
+from seqeff.inference.engine import Piece, Request
+from seqeff.inference.sampling import Sampling
+
+_SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+_FIELDS = ("prompt", "id", "tokens", "stop", *_SAMPLING)
+
+
+class Named(NamedTuple):
+    """A request and what its result is called: the line's `id`, or its number, from 1."""
+
+    name: Any
+    request: Request
+
+
+def to_request(tokenizer: Tokenizer, prompt: str, defaults: Request) -> Request:
+    """The request of a prompt's text, which follows the end of an earlier one.
+
+    Raises:
+      UserError: the prompt is no valid text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid text: {error}") from error
+    return dataclasses.replace(defaults, prompt=[tokenizer.end_of_text, *tokenizer.encode(prompt)])
+
+
+def read_requests(path: str, tokenizer: Tokenizer, defaults: Request) -> list[Named]:
+    """The requests of a file, a JSON object a line; `-` is the standard input.
+
+    A line has `prompt` and perhaps `id`, `tokens`, `stop` (a text, or a list of them) and the
+    fields of `Sampling`, each in place of the default. Empty lines are passed over.
+
+    Raises:
+      UserError: a line is no such object; names it. The file cannot be read, or has no line.
+    """
+    file = "the standard input" if path == "-" else path
+    content = sys.stdin.buffer.read() if path == "-" else read_bytes(Path(path))
+    found = []
+    for number, line in enumerate(decode_utf8(content, file).split("\n"), 1):
+        if line.strip():
+            try:
+                found.append(_named(line, number, tokenizer, defaults))
+            except UserError as error:
+                raise UserError(f"{file}, line {number}: {error}") from error
+    if not found:
+        raise UserError(f"{file} has no prompts: give a line such as " + '{"prompt": "The "}')
+    return found
+
+
+def _named(line: str, number: int, tokenizer: Tokenizer, defaults: Request) -> Named:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"this is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError('this is no JSON object: give one such as {"prompt": "The "}')
+    for name in fields:
+        if name not in _FIELDS:
+            raise UserError(f"there is no field {name!r}{nearest(name, _FIELDS)}")
+    prompt, stops = fields.get("prompt"), fields.get("stop", defaults.stops)
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt is {prompt!r}: give a text")
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+        raise UserError(f"stop is {stops!r}: give a text, or a list of texts")
+    tokens = fields.get("tokens", defaults.tokens)
+    if not isinstance(tokens, int) or isinstance(tokens, bool):
+        raise UserError(f"tokens is {tokens!r}: give a whole number")
+    given = {name: fields[name] for name in _SAMPLING if name in fields}
+    sampling = dataclasses.replace(defaults.sampling, **given)
+    request = dataclasses.replace(defaults, tokens=tokens, sampling=sampling, stops=tuple(stops))
+    return Named(fields.get("id", number), to_request(tokenizer, prompt, request))
+
+
+def results(
+    names: Sequence[Any],
+    pieces: Iterable[Piece],
+    *,
+    log_probabilities: bool = False,
+    told: Callable[[Piece], None] = lambda _: None,
+) -> Iterator[Mapping[str, Any]]:
+    """A JSON object for each request, in their order, as soon as it and those before it end.
+
+    It has `id`, `text`, `tokens` (how many), `reason` (see `Piece`) and, where asked for,
+    `token_ids` and `log_probabilities`.
+
+    Args:
+      told: called with every piece, as it comes.
+    """
+    begun: dict[int, list[Piece]] = {}
+    ended: dict[int, list[Piece]] = {}
+    following = 0
+    for piece in pieces:
+        told(piece)
+        begun.setdefault(piece.request, []).append(piece)
+        if piece.reason is not None:
+            ended[piece.request] = begun.pop(piece.request)
+        while following in ended:
+            yield _result(names[following], ended.pop(following), log_probabilities)
+            following += 1
+
+
+def _result(name: Any, pieces: Sequence[Piece], log_probabilities: bool) -> Mapping[str, Any]:
+    tokens = [token for piece in pieces for token in piece.tokens]
+    result = {
+        "id": name,
+        "text": "".join(piece.text for piece in pieces),
+        "tokens": len(tokens),
+        "reason": pieces[-1].reason,
+    }
+    if log_probabilities:
+        chances = [round(x, 5) for piece in pieces for x in piece.log_probabilities]
+        result |= {"token_ids": tokens, "log_probabilities": chances}
+    return result

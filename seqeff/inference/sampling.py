@@ -1,0 +1,161 @@
+"""How the next token is drawn, for rows that each have settings of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from seqeff.checks import check_types, require
+
+Way = Literal["greedy", "sampled", "filtered"]
+# the later can do what the earlier do
+WAYS: tuple[Way, ...] = get_args(Way)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The distribution of the next token.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: only so many of the likeliest are drawn; None: all.
+      top_p: only the likeliest are, as few as together have this probability (Holtzman et al.
+        2020, section 3.1); None: all.
+      min_p: only those at least this times as likely as the likeliest are; None: all.
+      repetition_penalty: divides the positive logits of tokens that occur in the prompt or were
+        drawn, and multiplies the negative ones (Keskar et al. 2019, section 4.1); 1: none.
+      seed: what is drawn is a function of it and of the number of tokens drawn before.
+
+    Of tokens as likely as the last that may be drawn, all may be.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.temperature >= 0, f"Sampling.temperature = {self.temperature} must not be negative"
+        )
+        require(
+            self.top_k is None or self.top_k >= 1,
+            f"Sampling.top_k = {self.top_k} must be at least 1, or null for all",
+        )
+        require(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"Sampling.top_p = {self.top_p} must be above 0, and at most 1, or null for all",
+        )
+        require(
+            self.min_p is None or 0 <= self.min_p <= 1,
+            f"Sampling.min_p = {self.min_p} must be from 0 to 1, or null for all",
+        )
+        require(
+            self.repetition_penalty > 0,
+            f"Sampling.repetition_penalty = {self.repetition_penalty} must be above 0",
+        )
+        require(
+            0 <= self.seed < 2**32, f"Sampling.seed = {self.seed} must be at least 0, below 2**32"
+        )
+
+    @property
+    def way(self) -> Way:
+        """What a program has to be able to, to draw so."""
+        if self.repetition_penalty != 1:
+            return "filtered"
+        if self.temperature == 0:
+            return "greedy"
+        chosen = (self.top_k, self.top_p, self.min_p)
+        return "sampled" if all(value is None for value in chosen) else "filtered"
+
+
+class Settings(NamedTuple):
+    """`Sampling` of each row; a `top_k` of 0 is none."""
+
+    temperature: Float[Array, " rows"]
+    top_k: Int[Array, " rows"]
+    top_p: Float[Array, " rows"]
+    min_p: Float[Array, " rows"]
+    repetition_penalty: Float[Array, " rows"]
+    seed: UInt32[Array, " rows"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling]) -> Self:
+        """Arrays on the host."""
+
+        def floats(values: Sequence[float | None], absent: float) -> np.ndarray:
+            return np.array([absent if x is None else x for x in values], np.float32)
+
+        return cls(
+            floats([row.temperature for row in rows], 0),
+            np.array([row.top_k or 0 for row in rows], np.int32),
+            # above what rounded sums of probabilities reach
+            floats([None if row.top_p == 1 else row.top_p for row in rows], 2),
+            floats([row.min_p for row in rows], 0),
+            floats([row.repetition_penalty for row in rows], 1),
+            np.array([row.seed for row in rows], np.uint32),
+        )
+
+
+def draw(
+    logits: Float[Array, "rows vocabulary"],
+    settings: Settings,
+    drawn: Int[Array, " rows"],
+    seen: Bool[Array, "rows vocabulary"],
+    way: Way,
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+    """The rows' next tokens, and their log-probabilities under the model itself.
+
+    A row's token depends on nothing of the other rows, and is the same with every `way` that is
+    able to give it.
+
+    Args:
+      drawn: how many tokens were drawn before.
+      seen: tokens of the prompt and those drawn; read where `way` is "filtered".
+      way: "greedy" takes the likeliest; "sampled" draws at each row's temperature; "filtered"
+        heeds all of the settings.
+    """
+    logits = logits.astype(jnp.float32)
+    scores = logits
+    if way == "filtered":
+        penalty = settings.repetition_penalty[:, None]
+        penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
+        scores = jnp.where(seen, penalised, scores)
+    token = jnp.argmax(scores, axis=-1)
+    if way != "greedy":
+        greedy = settings.temperature == 0
+        scores = scores / jnp.where(greedy, 1, settings.temperature)[:, None]
+        if way == "filtered":
+            scores = jnp.where(scores < _floor(scores, settings)[:, None], -jnp.inf, scores)
+        keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(
+            settings.seed, drawn
+        )
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
+        token = jnp.where(greedy, token, jnp.argmax(scores + noise, axis=-1))
+    token = token.astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _floor(scores: Float[Array, "rows vocabulary"], settings: Settings) -> Float[Array, " rows"]:
+    """The least score that may be drawn: the filters follow each other, as their fields do."""
+    size = scores.shape[1]
+    ordered = -jnp.sort(-scores, axis=1)
+    place = jnp.arange(size)
+    top_k = jnp.where(settings.top_k == 0, size, jnp.minimum(settings.top_k, size))[:, None]
+    among = jnp.where(place < top_k, ordered, -jnp.inf)
+    probability = jax.nn.softmax(among, axis=1)
+    before = jnp.cumsum(probability, axis=1) - probability
+    kept = (place < top_k) & (before < settings.top_p[:, None]) | (place == 0)
+    last = kept.sum(1, keepdims=True) - 1
+    floor = jnp.take_along_axis(ordered, last, axis=1)[:, 0]
+    return jnp.maximum(floor, ordered[:, 0] + jnp.log(settings.min_p))
