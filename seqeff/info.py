@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from seqeff.config import PACKAGES
 from seqeff.config.modules import Classes
 from seqeff.runs import versions
-from seqeff_kernels.range_attention import RangeSource, TokenSource, explain
+from seqeff_kernels.decode_attention import CacheBlock
+from seqeff_kernels.decode_attention import explain as explain_decoding
+from seqeff_kernels.range_attention import PackedIndices, RangeSource, TokenSource, explain
 
 _OPTIONAL = {
     "wandb": ("wandb", "Train.tracker = @Wandb()", "wandb"),
@@ -27,7 +29,7 @@ _OPTIONAL = {
 }
 # jax raises the latter where a platform was asked for that none of its plugins offers
 _NO_DEVICE = (RuntimeError, AssertionError)
-_BATCH, _LENGTH, _HEADS, _HEAD_DIM, _WINDOW = 16, 2048, 12, 64, 64
+_BATCH, _LENGTH, _HEADS, _HEAD_DIM, _WINDOW, _SEPARATORS = 16, 2048, 12, 64, 64, 256
 
 
 def describe() -> str:
@@ -120,28 +122,41 @@ def _backends() -> Iterator[str]:
     def array(*shape: int, dtype: type = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    tokens = array(_BATCH, _LENGTH, _HEADS, _HEAD_DIM)
+    def block(entries: int) -> CacheBlock:
+        heads = array(_BATCH, entries, _HEADS, _HEAD_DIM)
+        return CacheBlock(heads, heads, array(_BATCH, dtype=jnp.int32))
+
+    tokens, token = (array(_BATCH, rows, _HEADS, _HEAD_DIM) for rows in (_LENGTH, 1))
     bounds = array(_BATCH, _LENGTH, dtype=jnp.int32)
-    cases = {
+    packed = PackedIndices(bounds, bounds)
+    sizes = f"{_BATCH} rows of {_LENGTH} tokens, {_HEADS} heads of {_HEAD_DIM}, bfloat16"
+    yield f"backends of range_attention, for {sizes}:"
+    for name, sources in {
         "dense": [TokenSource(tokens, tokens)],
         "dense, documents kept apart": [TokenSource(tokens, tokens, document_start=bounds)],
         "separator": [
-            RangeSource(tokens, tokens, start=bounds, end=bounds),
+            RangeSource(tokens, tokens, start=bounds, end=bounds, packed=packed),
             TokenSource(tokens, tokens, window=_WINDOW),
         ],
-    }
-    yield (
-        f"backends of range_attention, for {_BATCH} rows of {_LENGTH} tokens, {_HEADS} heads of "
-        f"{_HEAD_DIM}, bfloat16:"
-    )
-    for name, sources in cases.items():
-        yield f"  {name}"
-        try:
-            answers = explain(tokens, sources)
-        except _NO_DEVICE as error:
-            answers = {"none": _reason(error)}
-        for backend, answer in answers.items():
-            yield f"    {backend}: {answer}"
+    }.items():
+        yield from _answers(name, lambda sources=sources: explain(tokens, sources))
+    yield f"backends of decode_attention, for a token after each of {sizes}:"
+    for name, blocks in {
+        "dense": [block(_LENGTH)],
+        "separator": [block(_SEPARATORS), block(_WINDOW)],
+    }.items():
+        yield from _answers(name, lambda blocks=blocks: explain_decoding(token, blocks))
+
+
+def _answers(name: str, ask: Callable[[], Mapping[str, str]]) -> Iterator[str]:
+    """What the backends answer, or why there is no device."""
+    yield f"  {name}"
+    try:
+        answers = ask()
+    except _NO_DEVICE as error:
+        answers = {"none": _reason(error)}
+    for backend, answer in answers.items():
+        yield f"    {backend}: {answer}"
 
 
 def _optional() -> Iterator[str]:

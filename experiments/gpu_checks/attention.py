@@ -91,13 +91,17 @@ def _same_bits(first: Sequence[Array], second: Sequence[Array]) -> Array:
 
 
 def kernels_hash() -> str:
-    """SHA-256 of the kernel package's Python sources: their paths, sorted, and what they hold."""
+    """SHA-256 of the kernel package's sources and tables: sorted paths, and what they hold."""
     folder = Path(seqeff_kernels.__file__).parent
     found = hashlib.sha256()
-    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")):
+    for name in sorted(path.relative_to(folder).as_posix() for path in _sources(folder)):
         content = (folder / name).read_bytes()
         found.update(f"{name} {len(content)}\n".encode() + content)
     return found.hexdigest()
+
+
+def _sources(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.py"), *folder.rglob("*.json")]
 
 
 def _distinct(inputs: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:

@@ -275,8 +275,8 @@ def require_constant_memory(config: TransformerConfig) -> None:
     for layer, attention in enumerate(config.attentions()):
         if kind_of(attention).grows:
             raise UserError(
-                f"layer {layer} keeps every token ({type(attention).__name__}), so that memory "
-                "would grow with the text; give every layer a window, and bounded separators: "
+                f"the cache of layer {layer} ({type(attention).__name__}) grows with the text; "
+                "give every layer a window, and bounded separators: "
                 "--gin.TransformerConfig.attention='@SeparatorAttention()' "
                 "--gin.SeparatorAttention.separators=64 --gin.TransformerConfig.layer_attention={}"
             )

@@ -39,8 +39,7 @@ def empty_cache(
     """A cache of rows without tokens, for up to `capacity` of them where it grows.
 
     Args:
-      kept: most tokens of a row that attentions of chosen tokens keep; None: all. With fewer than
-        `most_kept` says, the oldest are overwritten.
+      kept: most tokens of a row that attentions of chosen tokens keep (`most_kept`); None: all.
 
     Raises:
       ConfigError: the positions' table is shorter.
@@ -134,7 +133,8 @@ class CachedTransformer(LanguageModel):
           count: how many of each row's tokens are real; what follows them is passed over, and its
             states are of no meaning. None: all.
 
-        The caller keeps `cache.length + count` within the capacity, where a cache grows.
+        The states of a row with more tokens than its cache has room for, or the positions' table
+        has vectors, are NaN from then on.
         """
         batch, rows = tokens.shape
         count = jnp.full(batch, rows, jnp.int32) if count is None else count
@@ -152,7 +152,13 @@ class CachedTransformer(LanguageModel):
                 after.append(arrays)
             arrays = tuple(kind.settle(step, after))
             runs.append(dataclasses.replace(run, state=state, arrays=arrays))
-        return self.final_norm(x), Cache(cache.length + count, carried, tuple(runs))
+        cache = Cache(cache.length + count, carried, tuple(runs))
+        overflows = jnp.zeros(batch, bool)
+        for run in cache.layers:
+            overflows |= run.kind.overflows(run.state, run.arrays[0])
+        if config.positions.limit is not None:
+            overflows |= cache.length > config.positions.limit
+        return jnp.where(overflows[:, None, None], jnp.nan, self.final_norm(x)), cache
 
     def _layer(
         self,

@@ -248,12 +248,12 @@ def test_streams_have_their_methods_names():
 
 def test_full_layers_are_refused():
     mixed = dataclasses.replace(CONFIG, layer_attention={1: DenseAttention()})
-    with pytest.raises(UserError, match=r"layer 1 keeps every token \(DenseAttention\), so that"):
+    with pytest.raises(UserError, match=r"cache of layer 1 \(DenseAttention\) grows with the text"):
         Stream(mixed, SIZES)
     unbounded = dataclasses.replace(
         CONFIG, attention=dataclasses.replace(ATTENTION, separators=None)
     )
-    with pytest.raises(UserError, match="layer 0 keeps every token"):
+    with pytest.raises(UserError, match=r"the cache of layer 0 \(SeparatorAttention\) grows"):
         Stream(unbounded, SIZES)
 
 
@@ -351,7 +351,8 @@ def test_texts_are_read_as_training_reads_them(finished, tmp_path):
 
 def test_bad_streams_are_one_line(finished, tmp_path):
     book = tmp_path / "book.txt"
-    assert "layer 0 keeps every token" in refused("eval", finished, "--streaming", book)
+    line = refused("eval", finished, "--streaming", book)
+    assert "the cache of layer 0 (DenseAttention) grows" in line
     assert "cannot read" in refused("eval", finished, "--streaming", book, *BOUNDED)
     book.write_text("")
     assert "is empty; leave it out" in refused("eval", finished, "--streaming", book, *BOUNDED)

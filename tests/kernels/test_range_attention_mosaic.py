@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import re
 
 import jax
@@ -182,6 +183,26 @@ def check(case, tiles):
         scale = np.abs(np.asarray(want, np.float32)).max()
         error = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
         assert error <= 2e-2 * scale
+
+
+@needs_mosaic
+def test_nothing_grows_with_the_square_of_the_length():
+    """The largest array of forward and backward, between the kernels, is one of the tokens'."""
+
+    def largest(length):
+        array = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
+        chosen = jax.ShapeDtypeStruct((1, length), bool)
+
+        def loss(queries, keys, values, chosen):
+            sources = separator_sources(keys, values, chosen, 64)
+            return mosaic.attend(queries, sources, 0.1)[0].astype(jnp.float32).sum()
+
+        text = lowered(jax.grad(loss, argnums=(0, 1, 2)), array, array, array, chosen)
+        shapes = re.findall(r"tensor<((?:\d+x)+)", text)
+        return max(math.prod(map(int, shape.split("x")[:-1])) for shape in shapes)
+
+    assert largest(4096) <= 2 * 4096 * 64
+    assert largest(8192) == 2 * largest(4096)
 
 
 @needs_mosaic

@@ -29,6 +29,7 @@ from seqeff.models import (
     LearnedPositions,
     SeparatorAttention,
     cached_parameters,
+    emptied_rows,
     empty_cache,
     most_kept,
 )
@@ -203,6 +204,55 @@ def test_a_growing_cache_has_room_for_what_it_keeps(name, chunks):
     assert most <= slots < most + 8 < LENGTH
     outputs, _ = run(name, chunks, cache=cache)
     close(outputs, whole(name))
+
+
+@pytest.mark.parametrize("chunk", [10, 1])
+@pytest.mark.parametrize(
+    ("name", "capacity", "kept"),
+    [("dense", 16, None), ("interval", 16, None), ("separator", 63, 1), ("bounded", 1, None)],
+)
+def test_a_row_that_overflows_is_nan_from_then_on(name, capacity, kept, chunk):
+    cache = empty_cache(config_of(name), BATCH, capacity, kept)
+    # every third one is a separator
+    tokens = np.where(np.arange(LENGTH) % 3 == 0, SEPARATORS[0], TOKENS)
+    overflowed = []
+    for first in range(0, 60, chunk):
+        # the second row stays short
+        count = np.array([chunk, chunk if first < 10 else 0, chunk], np.int32)
+        output, cache = extend(name)(tokens[:, first : first + chunk], cache, count)
+        (run,) = cache.layers
+        filled = run.state.kept if name == "separator" else cache.length
+        room = {"separator": 8, "bounded": LENGTH}.get(name, 16)
+        overflowed.append(np.asarray(filled) > room)
+        nan = np.isnan(output)
+        np.testing.assert_array_equal(nan.any((1, 2)), overflowed[-1])
+        np.testing.assert_array_equal(nan.all((1, 2)), overflowed[-1])
+    assert not overflowed[0].any()
+    assert overflowed[-1].tolist() == [name != "bounded", False, name != "bounded"]
+
+
+def test_a_row_past_the_positions_is_nan_from_then_on():
+    config = small_config(attention=ATTENTIONS["bounded"], positions=LearnedPositions(length=12))
+    take = extending(config, random_model(config)[1])
+    cache = empty_cache(config, BATCH, 1)
+    output, cache = take(TOKENS[:, :12], cache)
+    assert np.isfinite(output).all()
+    output, _ = take(TOKENS[:, 12:13], cache, np.array([1, 0, 1], np.int32))
+    assert np.isnan(output).all((1, 2)).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", [*KINDS, "published"])
+def test_an_emptied_row_is_as_new(name):
+    """Whatever tokens were there before: those of a row before it, in other chunks."""
+    fresh = empty(name)
+    _, cache = extend(name)(TOKENS[::-1, :28], fresh)
+    cache = emptied_rows(cache, jnp.array([True, False, True]))
+    new = np.array([20, 0, 13], np.int32)
+    found, cache = extend(name)(TOKENS[:, :20], cache, new)
+    expected, _ = extend(name)(TOKENS[:, :20], fresh, new)
+    close(found[0], expected[0])
+    close(found[2, :13], expected[2, :13])
+    assert cache.length.tolist() == [20, 28, 13]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -32,8 +32,9 @@ from seqeff.models import (
 )
 from seqeff.models.caches import PublishedCache, kind_of, replace_rows, select_rows
 from seqeff.models.flops import entries_of_cache
+from seqeff.models.positions import Rotary
 
-BATCH, LENGTH = 3, 63
+BATCH, LENGTH, BASE = 3, 63, 500.0
 TOKENS = random_tokens(BATCH, LENGTH)
 
 
@@ -64,7 +65,7 @@ SPREAD = np.where(
 @functools.cache
 def naive_decode(attention, layers=2, length=LENGTH):
     """Lists of entries, one token after another: the published code's statements."""
-    config = small_config(attention=attention, layers=layers)
+    config = config_of(attention=attention, layers=layers)
     given = cached_parameters(config, random_model(config)[1])
     model = CachedTransformer.of(config, given)
     lists: list[list[Entry]] = [[] for _ in range(BATCH)]
@@ -119,10 +120,15 @@ def naive_eviction(attention, entries, past_start):
     return kept, initial + len(separators)
 
 
+def config_of(**changes):
+    """With angles of its own, which the published code fixes."""
+    return small_config(**{"positions": Rotary(base=BASE)} | changes)
+
+
 def rotated(heads, place):
     """Heads at a place, as complex numbers of dimensions j and j + half."""
     half = heads.shape[-1] // 2
-    turn = np.exp(1j * place * 10_000.0 ** (-np.arange(half) / half))
+    turn = np.exp(1j * place * BASE ** (-np.arange(half) / half))
     turned = (heads[:, :half] + 1j * heads[:, half:]) * turn
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
@@ -138,7 +144,7 @@ SIZES = {
 @functools.cache
 def decoder(attention, layers):
     """A compiled function of (tokens, cache, count): entries; outputs and the cache."""
-    config = small_config(attention=attention, layers=layers)
+    config = config_of(attention=attention, layers=layers)
     given = cached_parameters(config, random_model(config)[1])
 
     def decode(parameters, tokens, cache, count):
@@ -171,7 +177,7 @@ def take(attention, cache, rows, at, count, most, layers=2, length=LENGTH):
 
 def decode_all(attention, most, seed=0, layers=2, length=LENGTH):
     """Takes all rows in, up to `most` tokens at a time; at times none of a row."""
-    cache = empty_cache(small_config(attention=attention, layers=layers), BATCH, length)
+    cache = empty_cache(config_of(attention=attention, layers=layers), BATCH, length)
     random, at = np.random.default_rng(seed), np.zeros(BATCH, int)
     while np.any(at < length):
         drawn = np.minimum(random.integers(0, most + 2, BATCH), most)
@@ -213,7 +219,7 @@ def test_any_sizes(window, initial, separators, spare, positions, seed):
 
 def test_rows_can_be_moved_and_replaced():
     """Between evictions of the others."""
-    empty = empty_cache(small_config(attention=PUBLISHED), BATCH, LENGTH)
+    empty = empty_cache(config_of(attention=PUBLISHED), BATCH, LENGTH)
     cache = take(PUBLISHED, empty, range(BATCH), (0, 0, 0), (20, 11, 17), 20)
     moved = select_rows(cache, jnp.asarray([2, 0, 0]))
     moved = take(PUBLISHED, moved, (2, 0, 0), (17, 20, 20), (20, 20, 9), 20)
@@ -244,7 +250,7 @@ class Used(NamedTuple):
 
 def published(attention, tokens, **changes):
     """Outputs, entries read by and resident after each token, and the model's parameters."""
-    config = small_config(attention=attention, **changes)
+    config = config_of(attention=attention, **changes)
     _, parameters = random_model(config)
     made = CachedTransformer.of(config, cached_parameters(config, parameters))
 
@@ -267,7 +273,7 @@ def test_without_limit_it_is_dense():
         attention = dataclasses.replace(PUBLISHED, cache_entries=LENGTH, positions=positions)
         assert isinstance(kind_of(attention), PublishedCache)
         outputs, entries, parameters = published(attention, TOKENS)
-        graph, _ = random_model(small_config(attention=DenseAttention()))
+        graph, _ = random_model(config_of(attention=DenseAttention()))
         close(outputs, np.asarray(hidden(graph, parameters, TOKENS)))
         np.testing.assert_array_equal(entries.read[:, 0], np.arange(1, LENGTH + 1))
 
@@ -282,7 +288,7 @@ def test_without_separators_it_is_streamingllm():
         streaming = SeparatorAttention(
             window=7, initial_tokens=2, separator_ids=(), positions=positions
         )
-        graph, _ = random_model(small_config(attention=streaming, layers=1))
+        graph, _ = random_model(config_of(attention=streaming, layers=1))
         close(outputs, np.asarray(hidden(graph, parameters, TOKENS)))
 
 
@@ -345,7 +351,7 @@ def test_rows_evict_each_on_their_own():
 
 def test_keys_are_turned_once():
     """The public SepCache writes turned keys back, and turns them again each step."""
-    config = small_config(attention=PUBLISHED, layers=1)
+    config = config_of(attention=PUBLISHED, layers=1)
     step, cache = extending(config, random_model(config)[1]), empty_cache(config, BATCH, LENGTH)
     keys = []
     for token in range(14):

@@ -175,6 +175,10 @@ class BlockCache:
         initial = jnp.clip(state.length - self.window, 0, self.initial)
         return initial + kept + jnp.minimum(state.length, self.window)
 
+    def overflows(self, state: BlocksState, arrays: Blocks) -> Bool[Array, " batch"] | bool:
+        # a ring that is to overwrite its oldest never does
+        return self.ring is None and state.kept > arrays.kept.keys.shape[1]
+
     def _joins(self, tokens: Array, index: Array) -> Array:
         """Which tokens join the ring when they leave the window; `index` is theirs in the row."""
         if self.ring == 0:

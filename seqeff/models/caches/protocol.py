@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from seqeff.models.heads import Heads
 from seqeff_kernels.range_attention import Backend
@@ -78,6 +78,10 @@ class CacheKind(Protocol):
 
     def resident(self, state: Any) -> Int[Array, " batch"]:
         """How many entries a layer holds of each row."""
+        ...
+
+    def overflows(self, state: Any, arrays: Any) -> Bool[Array, " batch"] | bool:
+        """Whether a row has more to remember than there is room for."""
         ...
 
 

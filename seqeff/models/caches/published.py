@@ -212,3 +212,6 @@ class PublishedCache:
 
     def resident(self, state: PublishedState) -> Int[Array, " batch"]:
         return state.filled
+
+    def overflows(self, state: PublishedState, arrays: KeysValues) -> bool:
+        return False

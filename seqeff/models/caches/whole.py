@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.attend import attend, attend_blocks
 from seqeff.models.caches.entries import KeysValues, put
@@ -90,6 +90,9 @@ class WholeCache:
     def resident(self, state: History) -> Int[Array, " batch"]:
         return state.length
 
+    def overflows(self, state: History, arrays: KeysValues) -> Bool[Array, " batch"]:
+        return state.length > arrays.keys.shape[1]
+
 
 @dataclass(frozen=True)
 class TokenCache:
@@ -128,6 +131,9 @@ class TokenCache:
 
     def resident(self, state: Int[Array, " batch"]) -> Int[Array, " batch"]:
         return state
+
+    def overflows(self, state: Int[Array, " batch"], arrays: KeysValues) -> Bool[Array, " batch"]:
+        return state > arrays.keys.shape[1]
 
 
 def _places(
