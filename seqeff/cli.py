@@ -211,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "--window", nargs="+", type=_positive, default=[64], help="tokens (default: 64)"
     )
+    attended = ("separators", "bounded", "compact", "bounded-compact", "window")
+    text = "what is attended (default: separators)"
+    attention.add_argument("--kind", nargs="+", choices=attended, default=["separators"], help=text)
     backends = ("mosaic", "triton", "auto")
     attention.add_argument(
         "--backend", nargs="+", choices=backends, default=backends, help="(default: all)"
@@ -641,6 +644,7 @@ def _bench_attention(options: argparse.Namespace, _: Sequence[str]) -> int:
     attention(
         options.shapes,
         options.window,
+        options.kind,
         options.backend,
         options.rivals,
         options.json,

@@ -14,7 +14,7 @@ from tiny_run import refused, seqeff
 from seqeff.bench import attention, data, decode, programs, report, torch_attention
 from seqeff_kernels.decode_attention import shapes as decode_shapes
 from seqeff_kernels.range_attention import cost, execution, mosaic
-from seqeff_kernels.range_attention.shapes import SHAPES
+from seqeff_kernels.range_attention.shapes import BOUND, SHAPES, kind_sources, packed_lists
 
 
 @pytest.fixture
@@ -133,6 +133,25 @@ def test_the_needed_flops_are_those_of_the_mask(gpu):
     assert row["needed_forward_flops"] == 4 * 16 * 4 * int(mask.sum())
 
 
+def test_the_needed_flops_of_bounded_separators(gpu):
+    rows = attention.benchmark_attention(["odd"], [7], kinds=["bounded", "window"])
+    bounded, window = (row for row in rows if row["implementation"] == "auto")
+    assert (bounded["kind"], window["kind"]) == ("bounded", "window")
+    shape = SHAPES["odd"]
+    (_, _, _, _, chosen), *_ = attention._inputs(shape)
+    chosen, pairs, near = np.asarray(chosen), 0, 0
+    for row in chosen:
+        for token in range(shape.length):
+            far = np.flatnonzero(row[: max(token - 6, 0)])
+            others = far[far >= shape.initial]
+            near += min(token + 1, 7)
+            pairs += len(far) - len(others) + min(len(others), BOUND) + min(token + 1, 7)
+    assert bounded["needed_forward_flops"] == 4 * 16 * 4 * pairs
+    assert window["needed_forward_flops"] == 4 * 16 * 4 * near
+    assert "gather_milliseconds" in bounded and "gather_milliseconds" not in window
+    assert " bounded " in attention.line(bounded)
+
+
 def test_an_implementation_that_fails_is_a_row(gpu, monkeypatch):
     def broken(*_):
         raise ValueError("no plan\nfor this")
@@ -200,23 +219,24 @@ def test_plans_are_told(gpu, monkeypatch):
     assert json.dumps(ours["plan"])
 
 
-def test_gradients_reach_every_input_of_the_timed_call(monkeypatch):
+@pytest.mark.parametrize("kind", ["separators", "bounded-compact", "window"])
+def test_gradients_reach_every_input_of_the_timed_call(monkeypatch, kind):
     """The call under `forward_and_backward` returns what a user's gradient would."""
     shape = dataclasses.replace(SHAPES["odd"], length=40, batch=1)
     monkeypatch.setattr(attention, "_ROTATED_BYTES", 1)
     ((queries, keys, values, cotangent, chosen),) = attention._inputs(shape)
-    indices = attention._indices(chosen, 7)
-    attend = jax.tree_util.Partial(attention._separators, window=7, backend="reference")
-    sets = [(queries, keys, values, cotangent, indices)]
-    sources = attention._sources(keys, values, indices, 7)
+    lists = packed_lists(kind, chosen, shape.initial, 7)
+    attend = jax.tree_util.Partial(attention._attend, kind=kind, window=7, backend="reference")
+    sets = [(queries, keys, values, cotangent, lists)]
+    sources = kind_sources(kind, queries, keys, values, lists, 7)
     served = execution(queries, sources, backend="reference")
-    call = attention._Call("", 7, attend, sets, sources, served, cost(queries, sources))
+    call = attention._Call("", kind, 7, attend, sets, sources, served, cost(queries, sources))
     forward, both = (jax.jit(program.function)(*sets[0]) for program in call.programs)
     output, gradients = both
     assert jnp.array_equal(output, forward)
 
     def loss(*arrays):
-        return jnp.vdot(attend(*arrays, indices).astype(jnp.float32), cotangent)
+        return jnp.vdot(attend(*arrays, lists).astype(jnp.float32), cotangent)
 
     for found, expected in zip(
         gradients, jax.jit(jax.grad(loss, (0, 1, 2)))(queries, keys, values), strict=True

@@ -29,7 +29,8 @@ def curves(report: dict[str, Any], implementation: str, family: str) -> Curves:
             continue
         for name in _PASSES:
             speedup = (row.get(name) or {}).get("speedup")
-            if row["window"] is not None and speedup is not None:
+            kind = row.get("kind") or "separators"
+            if row["window"] is not None and speedup is not None and kind == "separators":
                 found.setdefault((row["window"], name), []).append((row["length"], speedup))
     return {key: sorted(points) for key, points in sorted(found.items())}
 

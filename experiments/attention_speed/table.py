@@ -29,7 +29,9 @@ def attention_table(report: dict[str, Any]) -> str:
         f"|{'---|' * 15}",
     ]
     for row in report["results"]:
-        cells = [row["shape"], str(row["window"] or "dense"), _label(row)]
+        kind = row.get("kind") or "separators"
+        other = "" if kind == "separators" else f", {kind}"
+        cells = [row["shape"], f"{row['window'] or 'dense'}{other}", _label(row)]
         if "error" in row:
             lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} |{' |' * 11}")
             continue

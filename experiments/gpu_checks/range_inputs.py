@@ -142,9 +142,13 @@ def tuned(
     queries, keys, values, chosen = _tokens(*sizes, dtype, changed)
     width = re.search(r"window(\d+)", kinds)
     window = int(width[1]) if width else None
-    sources: Sequence[Source] = [TokenSource(keys, values, window=window)]
-    if "packed" in kinds and window is not None:
-        sources = shapes.separator_sources(keys, values, chosen, window)
+    lists, own = kinds.count("packed"), "(own queries)" in kinds
+    kind = {0: "causal" if window is None else "window", 1: "separators", 2: "bounded"}[lists]
+    if own:
+        kind = "compact" if lists == 1 else f"{kind}-compact"
+    sources = shapes.kind_sources(
+        kind, queries, keys, values, shapes.packed_lists(kind, chosen, 3, window), window
+    )
     found = tuning.attention_key(queries, sources)
     if f" {kinds} " not in found:
         raise ValueError(f"there are no inputs of {kinds!r} here; the nearest are {found!r}")

@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -30,7 +31,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from seqeff_kernels import gpu, tuning
 from seqeff_kernels.candidates import (
@@ -45,9 +45,7 @@ from seqeff_kernels.decode_attention import plan as decode_plan
 from seqeff_kernels.decode_attention import shapes as decode_shapes
 from seqeff_kernels.decode_attention import triton as decode_triton
 from seqeff_kernels.range_attention import (
-    RangeSource,
     Source,
-    TokenSource,
     cost,
     cudnn,
     explain,
@@ -74,8 +72,6 @@ DECODE_SHAPES = (
     "draft",
 )
 WINDOWS = (64, 256)
-# what is attended: packed separators and a window, a window alone, every earlier token
-KINDS = ("separators", "window", "causal")
 BACKENDS = ("mosaic", "triton", "cudnn")
 _DTYPE = jnp.bfloat16
 # of one measurement of a candidate, and rough speeds from which its number of calls follows
@@ -249,8 +245,8 @@ def tune_attention(
     with journal.alone():
         sets, sources = _attention_inputs(shape, task)
         jax.block_until_ready(sets)
-    queries, keys, values, _, indices = sets[0]
-    made = sources(keys, values, indices)
+    queries, keys, values, _, lists = sets[0]
+    made = sources(queries, keys, values, lists)
     key = tuning.attention_key(queries, made)
     spent = cost(queries, made)
     answers = explain(queries, made)
@@ -271,13 +267,13 @@ def tune_attention(
             continue
 
         def timer(plan: Any, timed: str, attend: Callable[..., Any] = attend) -> float:
-            def forward(queries, keys, values, _, indices):
-                listed = sources(keys, values, indices)
+            def forward(queries, keys, values, _, lists):
+                listed = sources(queries, keys, values, lists)
                 return attend(queries, listed, shape.head_dim**-0.5, plan)[0]
 
-            def training(queries, keys, values, cotangent, indices):
+            def training(queries, keys, values, cotangent, lists):
                 output, pull = jax.vjp(
-                    lambda q, k, v: forward(q, k, v, cotangent, indices), queries, keys, values
+                    lambda q, k, v: forward(q, k, v, cotangent, lists), queries, keys, values
                 )
                 return output, pull(cotangent)
 
@@ -453,7 +449,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m seqeff_kernels.tune", description=__doc__)
     parser.add_argument("operation", nargs="?", choices=("attention", "decode"))
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="by name")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="of attention")
+    parser.add_argument(
+        "--kind",
+        nargs="+",
+        choices=attention_shapes.KINDS,
+        default=attention_shapes.KINDS,
+        help="of attention",
+    )
     parser.add_argument("--window", nargs="+", type=int, default=list(WINDOWS), help="of attention")
     parser.add_argument(
         "--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="of attention"
@@ -481,23 +483,12 @@ def _refuse(message: str) -> int:
 def _attention_inputs(
     shape: attention_shapes.Shape, task: Task
 ) -> tuple[list[tuple[Any, ...]], Callable[..., tuple[Source, ...]]]:
-    """Sets of queries, keys, values, cotangent and indices, and what makes sources of them."""
-
-    @jax.jit
-    def index(chosen):
-        if task.kind != "separators" or task.window is None:
-            return ()
-        unread = jnp.zeros((*chosen.shape, 1, 1), _DTYPE)
-        far, _ = attention_shapes.separator_sources(unread, unread, chosen, task.window)
-        return far.packed, far.start, far.end
-
-    def sources(keys: Array, values: Array, indices: Any) -> tuple[Source, ...]:
-        tokens = TokenSource(keys, values, window=task.window)
-        if not indices:
-            return (tokens,)
-        packed, start, end = indices
-        return RangeSource(keys, values, start, end, packed=packed), tokens
-
+    """Sets of queries, keys, values, cotangent and packed lists, and what makes sources of them."""
+    assert task.kind is not None
+    index = jax.jit(
+        functools.partial(attention_shapes.packed_lists, task.kind), static_argnums=(1, 2)
+    )
+    sources = functools.partial(attention_shapes.kind_sources, task.kind, window=task.window)
     make = jax.jit(attention_shapes.tokens, static_argnums=(0, 2))
     draw = jax.jit(lambda seed, like: jax.random.normal(jax.random.key(seed), like.shape, _DTYPE))
     heads = shape.heads + 2 * shape.kv_heads
@@ -505,7 +496,8 @@ def _attention_inputs(
     sets = []
     for seed in range(math.ceil(_ROTATED_BYTES / size)):
         queries, keys, values, chosen = make(shape, seed, _DTYPE)
-        sets.append((queries, keys, values, draw(1000 + seed, queries), index(chosen)))
+        lists = index(chosen, shape.initial, task.window)
+        sets.append((queries, keys, values, draw(1000 + seed, queries), lists))
     return sets, sources
 
 

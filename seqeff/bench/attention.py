@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from seqeff.bench import torch_attention
 from seqeff.bench.programs import Program, iterations_for, time_all
@@ -20,7 +21,6 @@ from seqeff_kernels.range_attention import (
     Backend,
     Cost,
     Execution,
-    PackedIndices,
     RangeSource,
     TokenSource,
     cost,
@@ -31,10 +31,18 @@ from seqeff_kernels.range_attention import (
     range_attention,
 )
 from seqeff_kernels.range_attention.operands import gathered, operands
-from seqeff_kernels.range_attention.shapes import SHAPES, Shape, separator_sources, tokens
+from seqeff_kernels.range_attention.shapes import (
+    SHAPES,
+    PackedList,
+    Shape,
+    kind_sources,
+    packed_lists,
+    tokens,
+)
 
 DEFAULT_SHAPES = ("wide-2k", "wide-8k", "wide-32k", "wide-128k")
 DEFAULT_WINDOWS = (64,)
+DEFAULT_KINDS = ("separators",)
 # the indices of packed tokens are built once a step, for all layers
 INDEX_LAYERS = 12
 BASELINE = "cudnn dense"
@@ -47,41 +55,47 @@ _SECONDS = 0.1
 _FLOPS_PER_SECOND = 7e14
 _PACKING_SECONDS = 1e-4
 
-Indices = tuple[PackedIndices, Int[Array, "batch length"], Int[Array, "batch length"]]
+Lists = tuple[PackedList, ...]
 
 
 def benchmark_attention(
     names: Sequence[str] = (),
     windows: Sequence[int] = DEFAULT_WINDOWS,
     *,
+    kinds: Sequence[str] = DEFAULT_KINDS,
     backends: Sequence[str] = BACKENDS,
     rivals: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields one row for each shape, window and implementation, as they are measured.
+    """Yields one row for each shape, kind, window and implementation, as they are measured.
 
-    A row has the fields of its shape, `implementation`, `window` (None: dense), the `backend` that
-    served and the fields of its `plan` (None: PyTorch), `deterministic` gradients (None: not
-    known), needed FLOPs and those executed, of whole tiles of the plan (None: not known), and under
-    `forward` and `forward_and_backward` the median, fastest and slowest milliseconds over the
-    repeats, the speed-ups over cuDNN and over FlexAttention with the same window (None: not
-    measured) and the TFLOP/s of needed FLOPs. Times with a window hold the gather of the packed
-    tokens (alone: `gather_milliseconds`), its transpose, and a twelfth of `index_milliseconds`. An
-    implementation that fails has `error` instead.
+    A row has the fields of its shape, `implementation`, `kind` and `window` (None: dense), the
+    `backend` that served and the fields of its `plan` (None: PyTorch), `deterministic`
+    gradients (None: not known), needed FLOPs and those executed, of whole tiles of the plan
+    (None: not known), and under `forward` and `forward_and_backward` the median, fastest and
+    slowest milliseconds over the repeats, the speed-ups over cuDNN and over FlexAttention with
+    the same window (None: not measured) and the TFLOP/s of needed FLOPs. Times with a window
+    hold the gather of the packed tokens (alone: `gather_milliseconds`), its transpose, and a
+    twelfth of `index_milliseconds`. An implementation that fails has `error` instead.
 
     All programs of a shape are compiled before the first of them runs, and then run in turn.
 
     Args:
       names: of `seqeff_kernels.range_attention.shapes.SHAPES`; none: the wide ones.
       windows: tokens; each is measured with every shape.
+      kinds: of attention, of `seqeff_kernels.range_attention.shapes.KINDS` with a window.
       backends: of `range_attention`; those that cannot serve are left out.
       rivals: measure PyTorch too; `prepare_rivals` comes before the first use of a device.
     """
     for name in chosen_shapes(names, SHAPES, DEFAULT_SHAPES):
-        yield from _benchmark_shape(name, windows, backends, rivals)
+        yield from _benchmark_shape(name, windows, kinds, backends, rivals)
 
 
 def _benchmark_shape(
-    name: str, windows: Sequence[int], backends: Sequence[str], rivals: bool
+    name: str,
+    windows: Sequence[int],
+    kinds: Sequence[str],
+    backends: Sequence[str],
+    rivals: bool,
 ) -> Iterator[dict[str, Any]]:
     shape = SHAPES[name]
     # before our own arrays take their room
@@ -91,31 +105,35 @@ def _benchmark_shape(
     baseline = _dense_call(inputs)
     calls = [baseline]
     needed: dict[int | None, Cost] = {None: baseline.needed}
-    for window in windows:
-        sets, packing = _packed(inputs, window)
-        queries, keys, values, _, indices = sets[0]
-        sources = _sources(keys, values, indices, window)
-        needed[window] = cost(queries, sources)
+    for kind, window in itertools.product(kinds, windows):
+        sets, packing = _packed(inputs, kind, shape.initial, window)
+        queries, keys, values, _, lists = sets[0]
+        sources = kind_sources(kind, queries, keys, values, lists, window)
+        spent = cost(queries, sources)
+        if kind == "separators":
+            needed[window] = spent
         answers = explain(queries, sources)
         for backend in backends:
             if backend == "auto" or answers[backend] == "available":
-                attend = functools.partial(_separators, window=window, backend=backend)
+                attend = functools.partial(_attend, kind=kind, window=window, backend=backend)
                 served = execution(queries, sources, backend=cast(Backend, backend))
                 calls.append(
-                    _Call(backend, window, attend, sets, sources, served, needed[window], packing)
+                    _Call(backend, kind, window, attend, sets, sources, served, spent, packing)
                 )
     time_all(program for call in calls for program in call.programs)
 
     dense = attempt(baseline.measure)
     for call in calls:
         found = dense if call is baseline else attempt(call.measure)
-        against = {"speedup": dense, "speedup_over_flex": flex.get(call.window, {})}
-        facts = call.facts()
+        same = flex.get(call.window, {}) if call.kind in (None, "separators") else {}
+        against = {"speedup": dense, "speedup_over_flex": same}
+        facts = {"kind": call.kind} | call.facts()
         yield _row(name, call.window, call.implementation, found, against, call.needed, facts)
     for row in others:
         window = row["window"]
         against = {"speedup": dense, "speedup_over_flex": flex.get(window, {})}
         facts = {
+            "kind": None if window is None else "separators",
             "backend": None,
             "plan": None,
             "deterministic": row["deterministic"],
@@ -137,6 +155,7 @@ class _Call:
     def __init__(
         self,
         implementation: str,
+        kind: str | None,
         window: int | None,
         attend: Callable[..., Array],
         sets: list[tuple[Any, ...]],
@@ -145,7 +164,8 @@ class _Call:
         needed: Cost,
         packing: Sequence[Program] = (),
     ) -> None:
-        self.implementation, self.window, self.needed = implementation, window, needed
+        self.implementation, self.needed = implementation, needed
+        self.kind, self.window = kind, window
         self._queries, self._sources, self._served = sets[0][0], sources, served
         self._packing = packing
 
@@ -204,20 +224,22 @@ def _dense_call(inputs: list[tuple[Array, ...]]) -> _Call:
     queries, keys, values, *_ = inputs[0]
     sources = (TokenSource(keys, values),)
     served = cudnn.execution(queries, sources)
-    return _Call(BASELINE, None, _cudnn, inputs, sources, served, cost(queries, sources))
+    return _Call(BASELINE, None, None, _cudnn, inputs, sources, served, cost(queries, sources))
 
 
 def _packed(
-    inputs: list[tuple[Array, ...]], window: int
-) -> tuple[list[tuple[Any, ...]], tuple[Program, Program]]:
-    """Sets with indices in place of what is chosen; what builds those, and what gathers by them."""
-    index = functools.partial(jax.jit(_indices, static_argnums=1), window=window)
+    inputs: list[tuple[Array, ...]], kind: str, initial: int, window: int
+) -> tuple[list[tuple[Any, ...]], tuple[Program, ...]]:
+    """Sets with packed lists in place of what is chosen; what builds those, and what gathers."""
+    index = jax.jit(lambda chosen: packed_lists(kind, chosen, initial, window))
     sets = [(*arrays, index(chosen)) for *arrays, chosen in inputs]
+    if not sets[0][-1]:
+        return sets, ()
 
-    def gather(queries: Array, keys: Array, values: Array, _: Array, indices: Indices) -> Any:
-        listed = operands(queries, _sources(keys, values, indices, window))
-        packed = gathered(*listed, finite=True)[0]
-        return packed.keys, packed.values
+    def gather(queries: Array, keys: Array, values: Array, _: Array, lists: Lists) -> Any:
+        sources = kind_sources(kind, queries, keys, values, lists, window)
+        *packed, _ = gathered(*operands(queries, sources), finite=True)
+        return [(source.keys, source.values) for source in packed]
 
     iterations = iterations_for(_SECONDS, len(sets), of_call=_PACKING_SECONDS)
     return sets, (
@@ -239,25 +261,17 @@ def _inputs(shape: Shape) -> list[tuple[Array, ...]]:
     return sets
 
 
-def _indices(chosen: Bool[Array, "batch length"], window: int) -> Indices:
-    unread = jnp.zeros((*chosen.shape, 1, 1), _DTYPE)
-    far, _ = separator_sources(unread, unread, chosen, window)
-    assert far.packed is not None
-    return far.packed, far.start, far.end
-
-
-def _sources(
-    keys: Array, values: Array, indices: Indices, window: int
-) -> tuple[RangeSource, TokenSource]:
-    packed, start, end = indices
-    far = RangeSource(keys, values, start, end, packed=packed)
-    return far, TokenSource(keys, values, window=window)
-
-
-def _separators(
-    queries: Array, keys: Array, values: Array, indices: Indices, *, window: int, backend: Any
+def _attend(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    lists: Lists,
+    *,
+    kind: str,
+    window: int,
+    backend: Any,
 ) -> Float[Array, "batch length heads head_dim"]:
-    sources = _sources(keys, values, indices, window)
+    sources = kind_sources(kind, queries, keys, values, lists, window)
     return range_attention(queries, sources, backend=backend)[0]
 
 
@@ -325,8 +339,8 @@ def _row(
 
 _MODES = {True: "yes", False: "no", None: "not known"}
 HEADER = (
-    f"{'':20}{'':>7}  {'':14}{'forward':>31}{'forward and backward':>32}  executed\n"
-    f"{'shape':20}{'window':>7}  {'implementation':14}"
+    f"{'':20}{'':16}{'':>7}  {'':14}{'forward':>31}{'forward and backward':>32}  executed\n"
+    f"{'shape':20}{'kind':16}{'window':>7}  {'implementation':14}"
     + f"{'ms':>9}{'x cuDNN':>8}{'x flex':>7}{'TFLOP/s':>8}" * 2
     + "  / needed  deterministic"
 )
@@ -334,7 +348,7 @@ HEADER = (
 
 def line(row: dict[str, Any]) -> str:
     """A row under `HEADER`; cuDNN's attention is dense and causal."""
-    text = f"{row['shape']:20}{row['window'] or '':>7}  {label(row):14}"
+    text = f"{row['shape']:20}{row['kind'] or '':16}{row['window'] or '':>7}  {label(row):14}"
     if "error" in row:
         return f"{text}  {row['error']}"
     for key in ("forward", "forward_and_backward"):

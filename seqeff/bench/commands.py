@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def attention(
     shapes: Sequence[str],
     windows: Sequence[int],
+    kinds: Sequence[str],
     backends: Sequence[str],
     rivals: bool,
     file: Path | None,
@@ -28,7 +29,9 @@ def attention(
     if rivals:
         prepare_rivals()
     facts = {"device": require_gpu("attention")}
-    rows = attention_bench.benchmark_attention(names, windows, backends=backends, rivals=rivals)
+    rows = attention_bench.benchmark_attention(
+        names, windows, kinds=kinds, backends=backends, rivals=rivals
+    )
     print(attention_bench.HEADER, flush=True)
     _tell("attention", rows, attention_bench.line, facts, file, commit)
 

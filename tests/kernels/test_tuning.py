@@ -416,6 +416,7 @@ def test_several_tasks_run_in_processes_of_their_own(monkeypatch, tmp_path, caps
 
     monkeypatch.setattr(tune, "_run_process", run)
     arguments = ["attention", "wide-2k", "--window", "64", "128", "--missing", "--timeout", "7"]
+    arguments += ["--kind", "separators", "window", "causal"]
     assert tune.main([*arguments, "--table", str(tmp_path / "x.json"), "--processes", "2"]) == 1
     assert sorted(call[3:9] for call in called) == [
         ["attention", "wide-2k", "--kind", "causal", "--table", str(tmp_path / "x.json")],
@@ -508,17 +509,25 @@ def test_a_process_that_waits_for_the_device_is_not_ended(tmp_path):
     assert tune._run_process(call, tune.Journal(path), 0.1) == (0, "", "")
 
 
-@pytest.mark.parametrize("kind", tune.KINDS)
+@pytest.mark.parametrize("kind", tune.attention_shapes.KINDS)
 def test_the_kinds_of_attention(kind, monkeypatch):
     monkeypatch.setattr(tune, "_ROTATED_BYTES", 1)
     shape = tune.attention_shapes.SHAPES["multi-query"]
     sets, sources = tune._attention_inputs(
         shape, tune.Task("attention", "", kind, None if kind == "causal" else 7)
     )
-    queries, keys, values, cotangent, indices = sets[0]
+    queries, keys, values, cotangent, lists = sets[0]
     assert cotangent.shape == queries.shape
-    expected = {"separators": "packed+window8", "window": "window8", "causal": "causal"}
-    key = tuning.attention_key(queries, sources(keys, values, indices))
+    own = "packed(own queries)"
+    expected = {
+        "separators": "packed+window8",
+        "bounded": "packed+packed+window8",
+        "compact": f"{own}+window8",
+        "bounded-compact": f"{own}+{own}+window8",
+        "window": "window8",
+        "causal": "causal",
+    }
+    key = tuning.attention_key(queries, sources(queries, keys, values, lists))
     assert f" {expected[kind]} " in key
 
 

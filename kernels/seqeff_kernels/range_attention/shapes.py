@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, DTypeLike, Float, Int
 
-from seqeff_kernels.range_attention.packing import pack
-from seqeff_kernels.range_attention.sources import RangeSource, TokenSource
+from seqeff_kernels.range_attention.packing import PackedIndices, pack
+from seqeff_kernels.range_attention.sources import RangeSource, Source, TokenSource
+
+# what is attended: packed initial tokens and separators, and a window; of the separators the latest
+# ones alone; either in positions that are ranks ("compact"); a window alone; every earlier token
+KINDS = ("separators", "bounded", "compact", "bounded-compact", "window", "causal")
+# separators that a row attends, where they are bounded
+BOUND = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,47 @@ def tokens(
     return queries, keys, values, chosen.at[:, : shape.initial].set(True)
 
 
+class PackedList(NamedTuple):
+    """A packed list of tokens, and each row's range of it."""
+
+    packed: PackedIndices
+    start: Int[Array, "batch rows"]
+    end: Int[Array, "batch rows"]
+
+
+def packed_lists(
+    kind: str, chosen: Bool[Array, "batch length"], initial: int, window: int | None
+) -> tuple[PackedList, ...]:
+    """The lists that a kind of attention attends beside its window; all layers share them."""
+    if kind in ("window", "causal"):
+        return ()
+    assert window is not None
+    if not kind.startswith("bounded"):
+        return (_packed_list(chosen, window),)
+    is_initial = jnp.arange(chosen.shape[1]) < initial
+    others = _packed_list(chosen & ~is_initial, window)
+    return (
+        _packed_list(chosen & is_initial, window),
+        others._replace(start=jnp.maximum(others.end - BOUND, 0)),
+    )
+
+
+def kind_sources(
+    kind: str,
+    queries: Float[Array, "batch length heads head_dim"],
+    keys: Float[Array, "batch length kv_heads head_dim"],
+    values: Float[Array, "batch length kv_heads head_dim"],
+    lists: Sequence[PackedList],
+    window: int | None,
+) -> tuple[Source, ...]:
+    """The sources of a kind of attention; where it is "compact", negated heads stand for turned."""
+    own, turned = (-queries, -keys) if kind.endswith("compact") else (None, keys)
+    far = [
+        RangeSource(turned, values, start, end, own, packed=packed) for packed, start, end in lists
+    ]
+    return *far, TokenSource(keys, values, window=window)
+
+
 def separator_sources(
     keys: Float[Array, "batch length kv_heads head_dim"],
     values: Float[Array, "batch length kv_heads head_dim"],
@@ -94,15 +143,21 @@ def separator_sources(
     document_start: Int[Array, "batch length"] | None = None,
 ) -> tuple[RangeSource, TokenSource]:
     """SepLLM's attention: the chosen tokens at or before `i - window`, packed, and the window."""
-    packed = pack(chosen)
-    counts = jnp.pad(packed.count, ((0, 0), (1, 0)))  # counts[t] of them lie before token t
-    far = jnp.maximum(jnp.arange(keys.shape[1]) - window + 1, 0)
-    end = counts[:, far]
-    if document_start is None:
-        start = jnp.zeros_like(end)
-    else:
-        start = jnp.take_along_axis(counts, document_start, axis=1)
+    packed, start, end = _packed_list(chosen, window, document_start)
     return (
         RangeSource(keys, values, start, end, packed=packed),
         TokenSource(keys, values, document_start, window),
     )
+
+
+def _packed_list(
+    chosen: Bool[Array, "batch length"],
+    window: int,
+    document_start: Int[Array, "batch length"] | None = None,
+) -> PackedList:
+    packed = pack(chosen)
+    counts = jnp.pad(packed.count, ((0, 0), (1, 0)))  # counts[t] of them lie before token t
+    end = counts[:, jnp.maximum(jnp.arange(chosen.shape[1]) - window + 1, 0)]
+    if document_start is None:
+        return PackedList(packed, jnp.zeros_like(end), end)
+    return PackedList(packed, jnp.take_along_axis(counts, document_start, axis=1), end)
