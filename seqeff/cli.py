@@ -556,26 +556,24 @@ def _write_results(
 
     names = [name for name, _ in named]
     bar = tqdm(total=len(names), unit=" prompts", disable=None, dynamic_ncols=True)
-    partial = (
-        None
-        if options.output is None
-        else options.output.with_name(options.output.name + ".partial")
-    )
+
+    def told(piece: Piece) -> None:
+        bar.update(piece.reason is not None)
+
     with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if partial is not None:
-            stack.enter_context(writing(str(options.output), "or choose another --output"))
+        file, output = sys.stdout, options.output
+        if output is not None:
+            stack.enter_context(writing(str(output), "or choose another --output"))
+            partial = output.with_name(f"{output.name}.partial")
             file = stack.enter_context(open(partial, "w", encoding="utf-8"))
         stack.enter_context(bar)
         for result in results(
-            names,
-            pieces,
-            log_probabilities=options.log_probabilities,
-            told=lambda piece: bar.update(piece.reason is not None),
+            names, pieces, log_probabilities=options.log_probabilities, told=told
         ):
             print(json.dumps(result, ensure_ascii=False), file=file, flush=True)
-    if partial is not None:
-        os.replace(partial, options.output)
+        if output is not None:
+            file.close()
+            os.replace(partial, output)
 
 
 def _info(options: argparse.Namespace, _: Sequence[str]) -> int:

@@ -238,7 +238,7 @@ def _packed(
 
     def gather(queries: Array, keys: Array, values: Array, _: Array, lists: Lists) -> Any:
         sources = kind_sources(kind, queries, keys, values, lists, window)
-        *packed, _ = gathered(*operands(queries, sources), finite=True)
+        packed = gathered(*operands(queries, sources), finite=True)[: len(lists)]
         return [(source.keys, source.values) for source in packed]
 
     iterations = iterations_for(_SECONDS, len(sets), of_call=_PACKING_SECONDS)

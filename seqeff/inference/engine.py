@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from seqeff.checks import UserError, require
@@ -88,8 +89,8 @@ class CacheUse:
     read: float = 0.0
     resident: int = 0
 
-    def add(self, tokens: int, read: float, resident: int) -> None:
-        """Counts further tokens."""
+    def add(self, tokens: Any, read: Any, resident: Any) -> None:
+        """Counts further tokens; numbers, or arrays of one."""
         self.tokens, self.read = self.tokens + int(tokens), self.read + float(read)
         self.resident = max(self.resident, int(resident))
 
@@ -184,7 +185,7 @@ def most_kept_by(config: TransformerConfig, requests: Iterable[Request]) -> int:
     One of few numbers, as for each the programs compile.
     """
     counts = (
-        most_kept(config, np.asarray([request.prompt], np.int32), request.tokens)
+        most_kept(config, jnp.asarray([request.prompt], jnp.int32), request.tokens)
         for request in requests
     )
     return max(_LEAST_KEPT, 1 << (max(counts, default=1) - 1).bit_length())
@@ -321,9 +322,9 @@ class _Run:
         rest = max(len(x.request.prompt) - x.read for x in reading if x is not None)
         size = next((chunk for chunk in _CHUNKS if rest <= chunk), _CHUNKS[-1])
 
-        tokens = np.zeros((len(reading), size), np.int32)
-        counts, wanted = np.zeros((2, len(reading)), np.int32)
-        begins = np.zeros(len(reading), bool)
+        tokens: Any = np.zeros((len(reading), size), np.int32)
+        counts, wanted = (cast(Any, np.zeros(len(reading), np.int32)) for _ in range(2))
+        begins: Any = np.zeros(len(reading), bool)
         for row, occupant in enumerate(reading):
             if occupant is None:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -92,17 +92,19 @@ class Settings(NamedTuple):
     def of(cls, rows: Sequence[Sampling]) -> Self:
         """Arrays on the host."""
 
-        def floats(values: Sequence[float | None], absent: float) -> np.ndarray:
-            return np.array([absent if x is None else x for x in values], np.float32)
+        def array(name: str, dtype: type, absent: float = 0) -> Any:
+            values = (getattr(row, name) for row in rows)
+            return np.array([absent if value is None else value for value in values], dtype)
 
+        top_p = array("top_p", np.float32, 1)
         return cls(
-            floats([row.temperature for row in rows], 0),
-            np.array([row.top_k or 0 for row in rows], np.int32),
+            array("temperature", np.float32),
+            array("top_k", np.int32),
             # above what rounded sums of probabilities reach
-            floats([None if row.top_p == 1 else row.top_p for row in rows], 2),
-            floats([row.min_p for row in rows], 0),
-            floats([row.repetition_penalty for row in rows], 1),
-            np.array([row.seed for row in rows], np.uint32),
+            cast(Any, np.where(top_p == 1, np.float32(2), top_p)),
+            array("min_p", np.float32),
+            array("repetition_penalty", np.float32),
+            array("seed", np.uint32),
         )
 
 
