@@ -127,25 +127,39 @@ def draw(
         heeds all of the settings.
     """
     logits = logits.astype(jnp.float32)
-    scores = logits
-    if way == "filtered":
-        penalty = settings.repetition_penalty[:, None]
-        penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
-        scores = jnp.where(seen, penalised, scores)
+    scores = filtered(logits, settings, seen) if way == "filtered" else logits
     token = jnp.argmax(scores, axis=-1)
     if way != "greedy":
-        greedy = settings.temperature == 0
-        scores = scores / jnp.where(greedy, 1, settings.temperature)[:, None]
-        if way == "filtered":
-            scores = jnp.where(scores < _floor(scores, settings)[:, None], -jnp.inf, scores)
+        if way == "sampled":
+            scores = scores / _divisor(settings)
         keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(
             settings.seed, drawn
         )
         noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
+        greedy = settings.temperature == 0
         token = jnp.where(greedy, token, jnp.argmax(scores + noise, axis=-1))
     token = token.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def filtered(
+    logits: Float[Array, "rows vocabulary"],
+    settings: Settings,
+    seen: Bool[Array, "rows vocabulary"],
+) -> Float[Array, "rows vocabulary"]:
+    """Logits of the distribution that is drawn from: -inf where nothing may be.
+
+    Of a row whose temperature is 0, the largest is that of the token to take.
+    """
+    penalty = settings.repetition_penalty[:, None]
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    scores = jnp.where(seen, penalised, logits) / _divisor(settings)
+    return jnp.where(scores < _floor(scores, settings)[:, None], -jnp.inf, scores)
+
+
+def _divisor(settings: Settings) -> Float[Array, "rows 1"]:
+    return jnp.where(settings.temperature == 0, 1, settings.temperature)[:, None]
 
 
 def _floor(scores: Float[Array, "rows vocabulary"], settings: Settings) -> Float[Array, " rows"]:
