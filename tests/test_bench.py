@@ -356,17 +356,24 @@ def test_prompts_and_their_continuations(tiny, tmp_path):
     assert row["tokens_per_second"] > 0 and row["prompt_tokens_per_second"] > 0
     # 3 initial tokens, 5 of the window and up to 2 separators
     assert 8 <= row["entries_read"] <= row["entries_resident"] <= 10
+    assert row["whole_tokens_per_second"] > 0 and row["share"] is None
     dense = seqeff("bench", "generate", tiny.config, *options)
     assert dense.status == 0, dense.errors
     (row,) = json.loads(file.read_text())["results"]
-    # a loop of 3 warms up; then there are 23, and each token reads itself too
-    assert row["entries_read"] == 20 + 3 + 2
-    assert row["entries_resident"] == 20 + 3 + 3
+    # a token reads itself too, and the last is not taken in
+    assert row["entries_read"] == (21 + 22) / 2
+    assert row["entries_resident"] == 20 + 2
+    # float32 matrices, and two layers of 2 heads of 16
+    entries = 2 * row["entries_read"] * 2 * 2 * 32 * 4
+    assert row["bytes_a_step"] == pytest.approx(row["parameter_bytes"] + entries)
     learned = [
         "--gin.TransformerConfig.positions=@LearnedPositions()",
-        "--gin.LearnedPositions.length=25",
+        "--gin.LearnedPositions.length=32",
     ]
-    assert "25" in refused("bench", "generate", tiny.config, *options, *learned)
+    options[3] = 30
+    assert "33" in refused("bench", "generate", tiny.config, *options, *learned)
+    options[7] = 1
+    assert "at least 2" in refused("bench", "generate", tiny.config, *options)
 
 
 def test_batches_keep_the_commit_that_is_given(monkeypatch, tmp_path):

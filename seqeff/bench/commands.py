@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from seqeff.bench import attention as attention_bench
 from seqeff.bench import decode as decode_bench
 from seqeff.bench import generate as generate_bench
 from seqeff.bench.report import chosen_shapes, prepare_rivals, require_gpu, write_report
+from seqeff.checks import UserError
+from seqeff_kernels import gpu
 
 if TYPE_CHECKING:
     from seqeff.training import Train
@@ -39,16 +43,9 @@ def attention(
 def decode(shapes: Sequence[str], file: Path | None, commit: str | None) -> None:
     """Measures copies, then decoding; see `benchmark_decode`."""
     names = chosen_shapes(shapes, decode_bench.SHAPES, decode_bench.DEFAULT_SHAPES)
-    device = require_gpu("decode")
-    copies = decode_bench.copy_speeds()
-    reference = decode_bench.reference_speed(copies, device["kind"])
-    facts = {
-        "device": device,
-        "copy_bytes_per_second": {way: round(speed) for way, speed in copies.items()},
-        "reference_bytes_per_second": round(reference),
-    }
-    for way, speed in copies.items():
-        print(f"copy ({way.replace('_', ' ')}) {speed / 1e12:.2f} TB/s")
+    facts: dict[str, Any] = {"device": require_gpu("decode")}
+    reference = decode_bench.reference_speed(_tell_copies(facts), facts["device"]["kind"])
+    facts["reference_bytes_per_second"] = round(reference)
     print(f"shares are of {reference / 1e12:.2f} TB/s\n{decode_bench.HEADER}", flush=True)
     rows = decode_bench.benchmark_decode(names, reference=reference)
     _tell("decode", rows, decode_bench.line, facts, file, commit)
@@ -67,15 +64,30 @@ def generate(
     """Times prompts and their continuations; see `benchmark_generation`.
 
     Raises:
-      ConfigError: a config's table of positions is too short.
+      UserError: there is no step to time, or a config's table of positions is too short.
     """
+    if tokens < 2:
+        raise UserError("--tokens 1 leaves no step to time: give at least 2")
     for _, config in configs:
-        config.model.require_positions(generate_bench.capacity(prompt, tokens))
+        config.model.require_positions(prompt + tokens)
+    facts: dict[str, Any] = {"overrides": overrides}
+    reference = None
+    if gpu.compute_capability() is not None:
+        reference = decode_bench.reference_speed(_tell_copies(facts), jax.devices()[0].device_kind)
     rows = generate_bench.benchmark_generation(
-        configs, batch=batch, prompt=prompt, tokens=tokens, chunk=chunk
+        configs, batch=batch, prompt=prompt, tokens=tokens, chunk=chunk, reference=reference
     )
     print(generate_bench.HEADER, flush=True)
-    _tell("generate", rows, generate_bench.line, {"overrides": overrides}, file, commit)
+    _tell("generate", rows, generate_bench.line, facts, file, commit)
+
+
+def _tell_copies(facts: dict[str, Any]) -> dict[str, float]:
+    """Copies, measured, printed and put among the facts."""
+    copies = decode_bench.copy_speeds()
+    facts["copy_bytes_per_second"] = {way: round(speed) for way, speed in copies.items()}
+    for way, speed in copies.items():
+        print(f"copy ({way.replace('_', ' ')}) {speed / 1e12:.2f} TB/s")
+    return copies
 
 
 def _tell(

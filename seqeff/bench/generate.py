@@ -1,56 +1,72 @@
-"""Time that a prompt and its continuation take through a model's caches, on random tokens."""
+"""Time that prompts and their continuations take through the engine, on random tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
 
 from seqeff.bench.report import attempt, random_vocabulary
-from seqeff.models import (
-    Cache,
-    CachedTransformer,
-    TransformerConfig,
-    cached_parameters,
-    empty_cache,
-    most_kept,
-)
-from seqeff.models.flops import entries_of_cache
+from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
+from seqeff.models import TransformerConfig, cached_parameters
 
 if TYPE_CHECKING:
     from seqeff.training import Train
 
-# tokens that one compiled loop generates: the host's part of a step is a thousandth
-_LOOP = 1000
+# further tokens whose time is one of those of which the slowest is told
+_GROUP = 1000
+# tokens of the continuations that warm up
+_WARM_UP = 32
 
 HEADER = (
-    f"{'config':34}{'batch':>6}{'prompt':>11}{'chunk':>6}{'prompt s':>10}{'tokens/s':>11}"
-    f"{'tokens':>8}{'ms/step':>9}{'tokens/s':>10}{'cache GiB':>11}{'read':>10}{'at most':>10}"
+    f"{'config':34}{'batch':>6}{'prompt':>11}{'chunk':>6}{'prompt s':>10}{'tokens':>8}"
+    f"{'ms/step':>9}{'tokens/s':>10}{'in all':>10}{'GB/step':>9}{'share':>7}{'cache GiB':>11}"
+    f"{'read':>10}{'at most':>10}"
 )
 
 
+class RandomVocabulary(NamedTuple):
+    """Ids without texts, none of which ends one."""
+
+    vocabulary_size: int
+    end_of_text: int = -1
+
+    def token_bytes(self, token: int) -> bytes:
+        return b""
+
+
 def benchmark_generation(
-    configs: Sequence[tuple[str, Train]], *, batch: int, prompt: int, tokens: int, chunk: int
+    configs: Sequence[tuple[str, Train]],
+    *,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    chunk: int,
+    reference: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields each config's times, of random parameters, after compilation.
 
+    A row has `prompt_seconds` until all continuations have begun, then `milliseconds` a step of
+    all rows and its `tokens_per_second`, and `whole_tokens_per_second` of the continuations over
+    the whole time; `bytes_a_step` are those of the matrices, once, and of the entries read, and
+    `share` what they take of `reference`. All is as users of the engine get it, the host included.
+
     Args:
-      batch: rows, each with a prompt of its own.
-      prompt: tokens of a row's prompt, which the caches take a chunk at a time.
-      tokens: of a row's continuation, the likeliest ones; they are sampled on the device.
+      batch: requests, each with a prompt of its own, all at a time.
+      prompt: tokens of a prompt, which the caches take a chunk at a time.
+      tokens: of a continuation, the likeliest ones; at least two.
+      reference: bytes a second, of a copy.
     """
     for name, config in configs:
         model = config.model.for_vocabulary(random_vocabulary(config.model.vocabulary_size))
         facts = {"config": name, "batch": batch, "prompt": prompt, "chunk": chunk}
-        yield facts | attempt(_measure, model, batch, prompt, tokens, chunk)
+        yield facts | attempt(_measure, model, batch, prompt, tokens, chunk, reference)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -58,135 +74,108 @@ def line(row: dict[str, Any]) -> str:
     begin = f"{row['config'][-33:]:34}{row['batch']:6}{row['prompt']:11,}{row['chunk']:6}"
     if "error" in row:
         return f"{begin}  {row['error']}"
+    share = "" if row["share"] is None else f"{row['share']:.0%}"
     return begin + (
-        f"{row['prompt_seconds']:10.3f}{row['prompt_tokens_per_second']:11,}{row['tokens']:8,}"
-        f"{row['milliseconds']:9.4f}{row['tokens_per_second']:10,}"
+        f"{row['prompt_seconds']:10.3f}{row['tokens']:8,}{row['milliseconds']:9.4f}"
+        f"{row['tokens_per_second']:10,}{row['whole_tokens_per_second']:10,}"
+        f"{row['bytes_a_step'] / 1e9:9.3f}{share:>7}"
         f"{row['cache_bytes'] / 2**30:11.3f}{row['entries_read']:10,.1f}"
         f"{row['entries_resident']:10,}"
     )
 
 
-def capacity(prompt: int, tokens: int) -> int:
-    """Tokens of a row in all; the first loop of a continuation warms up, and is not counted."""
-    length, loops = _loops(tokens)
-    return prompt + (loops + 1) * length
-
-
-def _loops(tokens: int) -> tuple[int, int]:
-    """Tokens of a loop, and how many loops give at least so many tokens."""
-    length = min(tokens, _LOOP)
-    return length, math.ceil(tokens / length)
-
-
 def _measure(
-    config: TransformerConfig, batch: int, prompt: int, tokens: int, chunk: int
+    config: TransformerConfig,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    chunk: int,
+    reference: float | None,
 ) -> dict[str, Any]:
-    length, loops = _loops(tokens)
-
-    # two programs: XLA takes over a minute where random numbers are cut by layer
     parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
-    parameters = jax.jit(functools.partial(cached_parameters, config))(parameters)
-    all_tokens = capacity(prompt, tokens)
-    kept = most_kept(config, _tokens(config, batch, 0, prompt), all_tokens - prompt)
-    empty = jax.jit(functools.partial(empty_cache, config, batch, all_tokens, kept))
-    cache = empty()
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    sizes = {min(chunk, prompt), prompt % chunk} - {0}
-    take = {
-        rows: jax.jit(functools.partial(_take, config, rows), donate_argnums=1)
-        .lower(parameters, cache, jnp.int32(0))
-        .compile()
-        for rows in sizes
-    }
-    given = jnp.zeros(batch, jnp.int32)
-    go_on = (
-        jax.jit(functools.partial(_go_on, config, length), donate_argnums=1)
-        .lower(parameters, cache, given)
-        .compile()
+    drawn = np.random.default_rng(0).integers(0, config.vocabulary_size, (batch, prompt), np.int32)
+    greedy = Sampling(temperature=0.0)
+    requests = [Request(prompt=row, tokens=tokens, sampling=greedy) for row in drawn]
+    engine = Engine(
+        config,
+        RandomVocabulary(config.vocabulary_size),
+        slots=batch,
+        context=generation_context(config, prompt + tokens),
+        kept=most_kept_by(config, requests),
+        chunks=sorted({min(chunk, prompt), prompt % chunk or chunk}),
     )
-
-    # a program's first run is slower
-    for warm_up in take.values():
-        cache = warm_up(parameters, cache, jnp.int32(0))
-    jax.block_until_ready(cache)
-    del cache
-    cache = jax.block_until_ready(empty())
-    begin = time.perf_counter()
-    for first in range(0, prompt, chunk):
-        cache = take[min(chunk, prompt - first)](parameters, cache, jnp.int32(first))
-    jax.block_until_ready(cache)
-    prompt_seconds = time.perf_counter() - begin
-
-    count_entries = jax.jit(functools.partial(entries_of_cache, config))
-    times, reads, residents = [], [], []
-    for _ in range(loops + 1):
-        before = _states(cache)
-        begin = time.perf_counter()
-        given, taken, cache = go_on(parameters, cache, given)
-        jax.block_until_ready(given)
-        times.append((time.perf_counter() - begin) / length)
-        read, resident = count_entries(before, taken, jnp.full(batch, length, jnp.int32))
-        reads.append(float(read.mean()))
-        residents.append(int(resident.max()))
-    # the first was slower to begin
-    times, reads = times[1:], reads[1:]
-    seconds = sum(times) / loops
+    # the same programs: a whole chunk if there is one, and the last
+    short = drawn[:, : prompt if prompt < chunk else chunk + prompt % chunk]
+    some = min(tokens, _WARM_UP)
+    _stream(engine, parameters, [Request(prompt=x, tokens=some, sampling=greedy) for x in short])
+    times = _stream(engine, parameters, requests)
+    seconds = times.ended - times.began
+    step = seconds / (tokens - 1)
+    given = jax.eval_shape(functools.partial(cached_parameters, config), parameters)
+    matrices = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given))
+    if not config.tie_embeddings:
+        # of the embedding, rows alone are read
+        matrices -= given["embedding"].size * given["embedding"].dtype.itemsize
+    cache = jax.eval_shape(engine.empty).cache
+    entry = 2 * config.projections.groups() * config.projections.size(config.width)
+    entry *= np.dtype(given["embedding"].dtype).itemsize * config.layers
+    moved = matrices + batch * times.read * entry
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "device": jax.devices()[0].device_kind,
         "dtype": config.dtype,
-        "prompt_seconds": round(prompt_seconds, 4),
-        "prompt_tokens_per_second": round(batch * prompt / prompt_seconds),
-        "tokens": loops * length,
-        "milliseconds": round(1e3 * seconds, 5),
-        "slowest_milliseconds": round(1e3 * max(times), 5),
-        "tokens_per_second": round(batch / seconds),
-        "cache_bytes": cache_bytes,
-        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(parameters)),
+        "prompt_seconds": round(times.began, 4),
+        "prompt_tokens_per_second": round(batch * prompt / times.began),
+        "tokens": tokens,
+        "milliseconds": round(1e3 * step, 5),
+        "slowest_milliseconds": round(1e3 * times.slowest, 5),
+        "tokens_per_second": round(batch / step),
+        "whole_tokens_per_second": round(batch * tokens / times.ended),
+        "bytes_a_step": round(moved),
+        "share": None if reference is None else round(moved / step / reference, 4),
+        "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
+        "parameter_bytes": matrices,
         "peak_bytes": memory.get("peak_bytes_in_use"),
-        "entries_read": round(sum(reads) / loops, 1),
-        "entries_resident": max(residents),
+        "entries_read": round(times.read, 1),
+        "entries_resident": engine.use.resident,
     }
 
 
-def _states(cache: Cache) -> Cache:
-    """A copy of what says which entries there are, without keys and values."""
-    layers = tuple(dataclasses.replace(run, arrays=()) for run in cache.layers)
-    return jax.tree.map(jnp.copy, cache._replace(layers=layers))
+class _Times(NamedTuple):
+    """Seconds since the start: until all continuations had begun, and until all had ended.
+
+    Attributes:
+      slowest: seconds a step, of the groups of steps in between.
+      read: entries that a token of the continuations reads, in the mean.
+    """
+
+    began: float
+    ended: float
+    slowest: float
+    read: float
 
 
-def _take(
-    config: TransformerConfig, rows: int, parameters: Any, cache: Cache, first: Int[Array, ""]
-) -> Cache:
-    """Takes random tokens in."""
-    tokens = _tokens(config, cache.length.shape[0], first, rows)
-    return CachedTransformer.of(config, parameters).extend(tokens, cache)[1]
-
-
-def _tokens(
-    config: TransformerConfig, batch: int, first: Int[Array, ""] | int, rows: int
-) -> Int[Array, "batch rows"]:
-    """Tokens of the prompts from the given one on, as random as a hash of their places."""
-    key, places = jax.random.key(1), first + jnp.arange(rows)
-
-    def draw(row: Array, place: Array) -> Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, row), place)
-        return jax.random.randint(own, (), 0, config.vocabulary_size)
-
-    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(jnp.arange(batch), places)
-
-
-def _go_on(
-    config: TransformerConfig, length: int, parameters: Any, cache: Cache, given: Array
-) -> tuple[Array, Int[Array, "batch length"], Cache]:
-    """Generates so many tokens after the given ones; gives the last, and those taken in."""
-    model = CachedTransformer.of(config, parameters)
-
-    def step(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
-        given, cache = carry
-        hidden, cache = model.extend(given[:, None], cache)
-        drawn = jnp.argmax(model.logits(hidden)[:, 0], axis=-1).astype(jnp.int32)
-        return (drawn, cache), given
-
-    (given, cache), taken = jax.lax.scan(step, (given, cache), length=length)
-    return given, taken.T, cache
+def _stream(engine: Engine, parameters: Any, requests: Sequence[Request]) -> _Times:
+    waiting, marks = set(range(len(requests))), []
+    before = after = dataclasses.replace(engine.use)
+    start = time.perf_counter()
+    for piece in engine.stream(parameters, requests):
+        now = time.perf_counter() - start
+        if waiting:
+            waiting.discard(piece.request)
+            if not waiting:
+                before, drawn = dataclasses.replace(engine.use), len(piece.tokens)
+                marks.append((now, drawn))
+        elif piece.request == len(requests) - 1:
+            drawn += len(piece.tokens)
+            marks.append((now, drawn))
+    after = engine.use
+    began, ended = marks[0][0], marks[-1][0]
+    slowest = 0.0
+    first = marks[0]
+    for mark in marks[1:]:
+        if mark[1] - first[1] >= _GROUP or mark is marks[-1]:
+            slowest = max(slowest, (mark[0] - first[0]) / (mark[1] - first[1]))
+            first = mark
+    read = (after.read - before.read) / max(after.tokens - before.tokens, 1)
+    return _Times(began, ended, slowest, read)

@@ -15,7 +15,7 @@ from seqeff.data.sources import (
     TextFiles,
 )
 from seqeff.data.store import Manifest, TokenStore
-from seqeff.data.tokenizer import Tokenizer, TokenStream
+from seqeff.data.tokenizer import Tokenizer, TokenStream, Vocabulary
 from seqeff.data.tokenizer_config import TokenizerConfig, TokenizerFile, TrainBPE
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerFile",
     "TrainBPE",
+    "Vocabulary",
     "build_store",
     "place",
     "prepare",

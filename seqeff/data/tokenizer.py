@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -36,6 +36,18 @@ _SETTINGS_FILE = "tokenizer_config.json"
 # the library needs about 140 bytes of memory a character of a text
 LONGEST_PIECE = 1 << 20
 _BATCH_CHARACTERS = 1 << 21
+
+
+class Vocabulary(Protocol):
+    """What decoding needs to know of a `Tokenizer`."""
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    @property
+    def end_of_text(self) -> int: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
 
 
 class Tokenizer:
@@ -161,7 +173,7 @@ class Tokenizer:
 class TokenStream:
     """Text of ids that arrive one by one; holds back the bytes of an unfinished character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Vocabulary) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

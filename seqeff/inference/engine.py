@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqeff.checks import UserError, require
-from seqeff.data import Tokenizer
+from seqeff.data import Vocabulary
 from seqeff.inference import slots as device
 from seqeff.inference.sampling import WAYS, Sampling, Settings
 from seqeff.inference.text import StoppedText
@@ -22,7 +22,7 @@ from seqeff.models import TransformerConfig, cached_parameters, most_kept
 from seqeff.models.caches import kind_of
 
 # tokens of a prompt that are taken at a time: each count compiles once
-_CHUNKS = (64, 512)
+CHUNKS = (64, 512)
 # calls of the device that are under way while the host reads what earlier ones gave
 _AHEAD = 2
 # from so large a part of the slots on, prompts are read in all of them at once
@@ -112,12 +112,13 @@ class Engine:
     def __init__(
         self,
         config: TransformerConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Vocabulary,
         *,
         slots: int = 1,
         context: int | None = None,
         kept: int | None = None,
         steps: int = 8,
+        chunks: Sequence[int] = CHUNKS,
     ) -> None:
         """
         Args:
@@ -127,11 +128,13 @@ class Engine:
             models whose caches do not grow.
           kept: see `empty_cache`.
           steps: of decoding that one call of the device makes.
+          chunks: tokens of a prompt that are taken at a time, ascending: the first of them that
+            holds what is left.
         """
         require(slots >= 1, f"Engine.slots = {slots} must be at least 1")
         require(steps >= 1, f"Engine.steps = {steps} must be at least 1")
         self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chunks = tokenizer, chunks
         end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
         self._parameters = jax.jit(functools.partial(cached_parameters, config))
         self.empty = jax.jit(
@@ -200,7 +203,7 @@ class _Occupant:
       reason: why it has ended, once the host knows.
     """
 
-    def __init__(self, number: int, request: Request, wanted: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, number: int, request: Request, wanted: int, tokenizer: Vocabulary) -> None:
         self.number, self.request, self.wanted = number, request, wanted
         self.read = self.scheduled = self._drawn = 0
         self.reason: Reason | None = None
@@ -320,7 +323,8 @@ class _Run:
             reading[slot] = self._occupants[slot]
         reading = reading if rows is None else [reading[slot] for slot in rows]
         rest = max(len(x.request.prompt) - x.read for x in reading if x is not None)
-        size = next((chunk for chunk in _CHUNKS if rest <= chunk), _CHUNKS[-1])
+        chunks = self._engine.chunks
+        size = next((chunk for chunk in chunks if rest <= chunk), chunks[-1])
 
         tokens: Any = np.zeros((len(reading), size), np.int32)
         counts, wanted = (cast(Any, np.zeros(len(reading), np.int32)) for _ in range(2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seqeff.data import Tokenizer, TokenStream
+from seqeff.data import TokenStream, Vocabulary
 
 
 class StoppedText:
@@ -16,7 +16,7 @@ class StoppedText:
       stopped: whether a stop string has come.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str]) -> None:
         self.stopped = False
         self._stops = stops
         self._stream = TokenStream(tokenizer)
