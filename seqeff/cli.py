@@ -124,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "the run's directory; give it before --streaming"
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
+    text = "scores of so many equal parts of the rows too, by the tokens' places in their documents"
+    evaluate.add_argument("--positions", type=_positive, metavar="PARTS", help=text)
     text = "read these texts as streams, in constant memory, with and without separators"
     evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
     text = "with --streaming: the model without a stream, StreamingLLM, its own (default: all)"
@@ -136,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--chunk", type=_positive, help=text)
     text = "with --streaming: keep the streams in this folder, and go on from there"
     evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
-    text = "with --streaming: write the results to this file"
+    text = "write the results to this file"
     evaluate.add_argument("--json", type=Path, help=text)
     _add_checkpoint(evaluate)
 
@@ -358,8 +360,9 @@ def _dry_run(config: training.Train) -> int:
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
+    from seqeff.bench.report import write_report
     from seqeff.data import place, prepare_validation
-    from seqeff.evaluation import make_evaluate
+    from seqeff.evaluation import Perplexity, make_evaluate
 
     _check_evaluation(options)
     run, config, tokenizer = _open(options, overrides)
@@ -374,17 +377,34 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
+    length, parts = config.data.sequence_length, options.positions or 1
+    if parts > length:
+        raise UserError(f"--positions {parts} is more positions than the {length} of a row")
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
     count = min(len(batches), options.batches or len(batches))
     with jax.set_mesh(program.mesh):
-        result = make_evaluate(program.graph, tokenizer.byte_lengths())(
+        found = make_evaluate(program.graph, tokenizer.byte_lengths(), parts)(
             parameters, (place(batches, index, program.batch_sharding) for index in range(count))
         )
+    result = Perplexity.total(found)
     print(
         f"loss {result.loss:.4f}\nperplexity {result.perplexity:.2f}\n"
         f"bits per byte {result.bits_per_byte:.4f}\ntokens {result.tokens}\nbytes {result.bytes}\n"
         f"entries read {result.entries_read:.1f}\nentries resident {result.resident}"
     )
+    rows: list[dict[str, Any]] = [result.as_metrics()]
+    if options.positions:
+        print(f"{'positions':>15}{'tokens':>12}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}")
+        # a place belongs to the part of which it is no less than the beginning
+        edges = [-(-part * length // parts) for part in range(parts + 1)]
+        for part, (first, end) in zip(found, itertools.pairwise(edges), strict=True):
+            rows.append({"positions": [first, end - 1]} | part.as_metrics())
+            print(
+                f"{f'{first}-{end - 1}':>15}{part.tokens:12,}{part.loss:9.4f}"
+                f"{part.perplexity:12.2f}{part.bits_per_byte:11.4f}"
+            )
+    facts = {"run": str(run.path), "overrides": overrides, "data": run.data_fingerprint()}
+    write_report(options.json, "perplexity", rows, facts)
     return 0
 
 
@@ -392,7 +412,9 @@ def _check_evaluation(options: argparse.Namespace) -> None:
     """Refuses options that would do nothing."""
     if options.streaming and options.batches:
         raise UserError("--batches is of held-out documents; leave it out with --streaming")
-    for name in ("method", "carry", "per_book", "chunk", "state", "json"):
+    if options.streaming and options.positions:
+        raise UserError("--positions is of held-out documents; leave it out with --streaming")
+    for name in ("method", "carry", "per_book", "chunk", "state"):
         if getattr(options, name) and not options.streaming:
             raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
 

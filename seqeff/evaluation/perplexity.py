@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,11 @@ class Perplexity:
         resident = parts[:, 4].max(initial=0)
         return cls(float(nats), int(tokens), int(size), float(read), int(resident))
 
+    @classmethod
+    def total(cls, results: Sequence[Perplexity]) -> Perplexity:
+        """Of all tokens together."""
+        return cls.of(np.array([dataclasses.astuple(result) for result in results], np.float64))
+
     @property
     def loss(self) -> float:
         """Nats a token."""
@@ -75,12 +80,14 @@ class Perplexity:
 
 
 def make_evaluate(
-    graph: nnx.GraphDef, byte_lengths: np.ndarray
-) -> Callable[[Any, Iterable[Batch]], Perplexity]:
-    """A function of (parameters, batches) that is compiled once.
+    graph: nnx.GraphDef, byte_lengths: np.ndarray, parts: int = 1
+) -> Callable[[Any, Iterable[Batch]], list[Perplexity]]:
+    """A function of (parameters, batches) that is compiled once; gives scores by position.
 
     Args:
       byte_lengths: UTF-8 bytes that each token id stands for, int [vocabulary].
+      parts: equal parts of a row's length. A token counts in that of its place in its document:
+        how much context there is for the one after it.
     """
     lengths = jnp.asarray(byte_lengths, jnp.float32)
 
@@ -92,12 +99,22 @@ def make_evaluate(
         counted = batch.loss_weights > 0
         sizes = jnp.take(lengths, batch.targets, mode="clip")
         read, most = entries_of_tokens(model.config, batch.tokens, batch.document_start)
-        totals = [jnp.where(counted, x, 0).sum() for x in (losses, counted, sizes, read)]
-        return jnp.stack([*totals, jnp.where(counted, most, 0).max()])
+        length = batch.tokens.shape[1]
+        place = jnp.broadcast_to(jnp.arange(length), counted.shape)
+        if batch.document_start is not None:
+            place = place - batch.document_start
+        here = counted & (place * parts // length == jnp.arange(parts)[:, None, None])
 
-    def evaluate(parameters: Any, batches: Iterable[Batch]) -> Perplexity:
+        def over(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+            return reduce(jnp.where(here, x, 0), axis=(1, 2))
+
+        totals = [over(x, jnp.sum) for x in (losses, counted, sizes, read)]
+        return jnp.stack([*totals, over(most, jnp.max)], axis=1)
+
+    def evaluate(parameters: Any, batches: Iterable[Batch]) -> list[Perplexity]:
         # the next batch is on its way while the last one computes
-        parts = [sums(parameters, batch) for batch in batches]
-        return Perplexity.of(np.asarray(jax.device_get(parts), np.float64))
+        found = [sums(parameters, batch) for batch in batches]
+        by_part = np.asarray(jax.device_get(found), np.float64).reshape(-1, parts, 5)
+        return [Perplexity.of(by_part[:, part]) for part in range(parts)]
 
     return evaluate

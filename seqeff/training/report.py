@@ -81,7 +81,7 @@ class Report:
         if batches is None:
             return None
         count = min(len(batches), self._config.evaluation_batches or len(batches))
-        result = self._evaluate(
+        (result,) = self._evaluate(
             state["parameters"],
             (place(batches, index, self._program.batch_sharding) for index in range(count)),
         )

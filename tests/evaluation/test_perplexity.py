@@ -1,12 +1,13 @@
 """Scores of held-out documents."""
 
+import json
 import math
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_run import seqeff, validations_of
+from tiny_run import refused, seqeff, validations_of
 
 from seqeff.data import Batch
 from seqeff.evaluation import Perplexity, make_evaluate
@@ -42,7 +43,7 @@ def test_sums_are_those_of_a_loop_over_tokens(tiny):
         tokens = choose.integers(0, 300, (3, 18)).astype(np.int32)
         weights = (choose.random((3, 17)) < 0.6).astype(np.float32)
         batches.append(Batch(tokens[:, :-1], tokens[:, 1:], weights, None))
-    result = make_evaluate(graph, lengths)(parameters, batches)
+    (result,) = make_evaluate(graph, lengths)(parameters, batches)
 
     nats, tokens, size, read = 0.0, 0, 0, 0
     for batch in batches:
@@ -56,6 +57,47 @@ def test_sums_are_those_of_a_loop_over_tokens(tiny):
     assert (result.tokens, result.bytes) == (tokens, size)
     assert result.nats == pytest.approx(nats, rel=1e-5)
     assert (result.read, result.resident) == (read, 17)
+
+
+def test_scores_by_position_are_those_of_the_masked_tokens(tiny):
+    model = tiny.load().model.make(nnx.Rngs(0))
+    graph, _ = nnx.split(abstract_model(tiny.load().model))
+    parameters = nnx.to_pure_dict(nnx.split(model)[1])
+    choose, lengths = np.random.default_rng(1), np.ones(300, np.int32)
+    tokens = choose.integers(0, 300, (2, 19)).astype(np.int32)
+    start = np.array([[0] * 18, [0] * 7 + [7] * 11], np.int32)
+    weights = np.ones((2, 18), np.float32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, start)
+    evaluate = make_evaluate(graph, lengths, parts=3)
+    found = evaluate(parameters, [batch, batch])
+    place = np.arange(18) - start
+    for part, result in enumerate(found):
+        chosen = (place // 6 == part).astype(np.float32)
+        (alone,) = make_evaluate(graph, lengths)(
+            parameters, [batch._replace(loss_weights=weights * chosen)]
+        )
+        assert result.tokens == 2 * alone.tokens == 2 * chosen.sum()
+        assert result.nats == pytest.approx(2 * alone.nats, rel=1e-5)
+        assert result.entries_read == pytest.approx(alone.entries_read)
+    total = Perplexity.total(found)
+    assert (total.tokens, total.resident) == (72, 18)
+
+
+def test_eval_tells_scores_by_position_and_writes_them(finished, tmp_path):
+    file = tmp_path / "scores.json"
+    result = seqeff("eval", finished, "--positions", 4, "--json", file)
+    assert result.status == 0, result.errors
+    *whole, header = result.output.splitlines()[:8]
+    assert whole == seqeff("eval", finished).output.splitlines()
+    assert header.split()[:2] == ["positions", "tokens"]
+    rows = result.output.splitlines()[8:]
+    assert [row.split()[0] for row in rows] == ["0-7", "8-15", "16-23", "24-31"]
+    report = json.loads(file.read_text())
+    first, *others = report["results"]
+    assert len(others) == 4 and others[-1]["positions"] == [24, 31]
+    assert first["tokens"] == sum(row["tokens"] for row in others)
+    assert report["run"] == str(finished) and report["data"]["tokenizer"]
+    assert "more positions than the 32 of a row" in refused("eval", finished, "--positions", 33)
 
 
 def test_eval_repeats_the_runs_last_validation(finished):
