@@ -366,8 +366,8 @@ def test_bad_streams_are_one_line(finished, tmp_path):
         (["--per-book"], "--per-book is for --streaming"),
         (["--chunk", 4], "--chunk is for --streaming"),
         (["--state", "kept"], "--state is for --streaming"),
-        (["--json", "file"], "--json is for --streaming"),
         (["--streaming", "book", "--batches", 4], "--batches is of held-out documents"),
+        (["--streaming", "book", "--positions", 4], "--positions is of held-out documents"),
     ],
 )
 def test_options_that_would_do_nothing(finished, no_devices, options, expected):
