@@ -187,11 +187,15 @@ def most_kept_by(config: TransformerConfig, requests: Iterable[Request]) -> int:
 
     One of few numbers, as for each the programs compile.
     """
-    counts = (
-        most_kept(config, jnp.asarray([request.prompt], jnp.int32), request.tokens)
-        for request in requests
-    )
-    return max(_LEAST_KEPT, 1 << (max(counts, default=1) - 1).bit_length())
+
+    def count(request: Request) -> int:
+        # a few lengths, for each of which it compiles
+        padding = -len(request.prompt) % CHUNKS[-1]
+        prompt = np.pad(np.asarray(request.prompt, np.int32), (0, padding), "edge")
+        return most_kept(config, jnp.asarray(prompt[None]), request.tokens)
+
+    most = max(map(count, requests), default=1)
+    return max(_LEAST_KEPT, 1 << (most - 1).bit_length())
 
 
 class _Occupant:

@@ -84,9 +84,11 @@ def most_kept(config: TransformerConfig, tokens: Int[Array, "batch length"], fur
     """
     kinds = {kind_of(attention) for attention in config.attentions()}
     choosers = [k.chooser for k in kinds if isinstance(k, BlockCache) and k.grows]
+    if not choosers:
+        return further
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     counts = [chooser.are_separators(tokens, index).sum(1).max() for chooser in choosers]
-    return int(max(counts, default=0)) + further
+    return int(max(counts)) + further
 
 
 def cached_parameters(config: TransformerConfig, parameters: Any) -> Any:
