@@ -16,6 +16,7 @@ from seqeff.models.norms import LayerNorm, RMSNorm
 from seqeff.models.parameters import parameter_shardings
 from seqeff.models.positions import BilevelPositions, LearnedPositions, NoPositions, Rotary
 from seqeff.models.projections import HeadProjections
+from seqeff.models.rotary_scaling import LinearScaling, Llama3Scaling, RotaryScaling
 from seqeff.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
@@ -29,11 +30,14 @@ __all__ = [
     "HeadProjections",
     "LayerNorm",
     "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
     "LowRankLinear",
     "NoPositions",
     "NormalInitialisation",
     "RMSNorm",
     "Rotary",
+    "RotaryScaling",
     "SeparatorAttention",
     "SmallInitialisation",
     "Transformer",

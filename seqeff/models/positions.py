@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from seqeff.checks import check_types, require
 from seqeff.models import parameters, separator_tokens
+from seqeff.models.rotary_scaling import RotaryScaling
 
 _STEPS = 2.0**32  # of a turn
 
@@ -150,12 +151,14 @@ class Rotary(NoPositions):
 
     `fraction` of the head's dimensions, the first ones, are rotated (Pythia: 0.25). Pairs are
     dimensions j and j + rotated / 2 ("half", GPT-NeoX and Llama) or 2j and 2j + 1 ("interleaved",
-    GPT-J). Source: Su et al. 2021, section 3.2.
+    GPT-J). `scaling` slows the angles down for rows longer than the model began with. Source: Su et
+    al. 2021, section 3.2.
     """
 
     base: float = 10_000.0
     fraction: float = 1.0
     pairs: Literal["half", "interleaved"] = "half"
+    scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -175,6 +178,8 @@ class Rotary(NoPositions):
             f"{rotated} dimensions; an even number is needed",
         )
         turns = self.base ** (-np.arange(0, rotated, 2) / rotated) / (2 * math.pi)
+        if self.scaling is not None:
+            turns = self.scaling.scale(turns)
         # in 2**-32 of a turn, whole turns fall off an integer product: float32 would have lost the
         # angle of a large position
         steps = np.round(turns * _STEPS)

@@ -14,6 +14,8 @@ from seqeff.models import (
     BilevelPositions,
     HeadProjections,
     LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
     NoPositions,
     Rotary,
     empty_cache,
@@ -48,6 +50,23 @@ def test_rotation_is_that_of_complex_numbers(pairs, head_dim, fraction, rotated)
     assert rotary.rotate(x.astype(jnp.bfloat16), rotary.rotation(positions, head_dim)).dtype == (
         jnp.bfloat16
     )
+
+
+def test_linear_scaling_is_interpolation():
+    at = np.arange(0, 63, 3)[None]
+    scaled = Rotary(scaling=LinearScaling(factor=3.0)).rotation(at, 8)
+    for actual, expected in zip(scaled, Rotary().rotation(at // 3, 8), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_scaling_of_llama_3_leaves_fast_pairs_alone_and_slows_slow_ones():
+    scaling = Llama3Scaling(
+        factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=100
+    )
+    # in 100 tokens: 0.5 and 1 turns are slow, 4 and 10 fast, 2.5 half way between
+    turns = np.array([0.005, 0.01, 0.025, 0.04, 0.1])
+    expected = [0.005 / 8, 0.01 / 8, (0.025 / 8 + 0.025) / 2, 0.04, 0.1]
+    np.testing.assert_allclose(scaling.scale(turns), expected)
 
 
 def test_angles_of_large_positions_are_exact():
@@ -152,6 +171,11 @@ def test_a_row_longer_than_the_learned_positions():
         (lambda: Rotary(fraction=0.0), r"Rotary.fraction = 0.0 must be in \(0, 1\]"),
         (lambda: Rotary(fraction=1.5), r"Rotary.fraction = 1.5 must be in"),
         (lambda: Rotary(pairs="both"), r"Rotary.pairs = 'both' is of type str; give 'half' or"),
+        (lambda: LinearScaling(factor=0.0), r"LinearScaling.factor = 0.0 must be positive"),
+        (
+            lambda: Llama3Scaling(low_frequency_factor=4.0),
+            r"Llama3Scaling.low_frequency_factor = 4.0 must be positive and below",
+        ),
         (lambda: LearnedPositions(length=0), r"LearnedPositions.length = 0 must be at least 1"),
         (
             lambda: small_config(positions=Rotary(fraction=0.4)),
