@@ -1,4 +1,4 @@
-"""The command line: `seqeff train | eval | generate | info | bench`."""
+"""The command line: `seqeff train | eval | generate | import | export | info | bench`."""
 
 from __future__ import annotations
 
@@ -150,6 +150,23 @@ def _parser() -> argparse.ArgumentParser:
     text = "another one draws another continuation (default: 0)"
     generate.add_argument("--seed", type=int, default=0, help=text)
     _add_checkpoint(generate)
+
+    text = "Make a run directory of a model of Hugging Face transformers."
+    importing = command("import", _import, text)
+    text = "a directory with config.json, weights and tokenizer.json"
+    importing.add_argument("source", type=Path, metavar="HF_DIR", help=text)
+    text = "the run directory to make"
+    importing.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
+
+    text = "Write a run's model for other frameworks."
+    exporting = command("export", _export, text)
+    text = "the run's directory"
+    exporting.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
+    text = "hf: a directory that Hugging Face transformers loads"
+    exporting.add_argument("--to", choices=("hf",), required=True, help=text)
+    text = "the directory to make (default: RUN_DIR/hf)"
+    exporting.add_argument("--output", type=Path, metavar="DIRECTORY", help=text)
+    _add_checkpoint(exporting)
 
     text = "Which methods, backends and devices are available here, and why not."
     info = command("info", _info, text)
@@ -484,6 +501,50 @@ def _prompt(options: argparse.Namespace) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid text: {error}") from error
     return options.prompt
+
+
+def _import(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff import config, interop
+    from seqeff.models.flops import parameter_count
+    from seqeff.runs import Origin, RunDirectory, write_atomically
+
+    run = RunDirectory(options.run_dir)
+    with interop.open_model(options.source) as model, run.lock():
+        if run.exists():
+            raise UserError(f"{options.run_dir} holds a run already; choose another directory")
+        text = f"# imported from {options.source.absolute()}\n\n"
+        text += config.write(model.train_config(run))
+        with run.writing():
+            write_atomically(run.config, text)
+        model.write(run, Origin(text, config.load(run.config).operative))
+        count, length = parameter_count(model.config), model.length
+    directory = shlex.quote(_shown(run.path))
+    print(
+        f"{count:,} parameters, rows of {length:,} tokens\n"
+        f"run directory: {_shown(run.path)}\n"
+        "next:\n"
+        f'  seqeff generate {directory} --prompt "The "\n'
+        f"  seqeff eval {directory} --gin.Data.validation='@TextFiles()' "
+        "--gin.TextFiles.paths=\"('FILE',)\""
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff import interop
+
+    run, config, tokenizer = _open(options, ())
+    output = options.output or run.path / options.to
+    family = interop.export_model(
+        run,
+        config.model,
+        config.data.sequence_length,
+        tokenizer,
+        output,
+        checkpoint=options.checkpoint,
+    )
+    print(f"{family.architecture}: {_shown(output.absolute())}")
+    return 0
 
 
 def _info(options: argparse.Namespace, _: Sequence[str]) -> int:

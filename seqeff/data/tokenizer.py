@@ -117,6 +117,10 @@ class Tokenizer:
         """UTF-8 bytes, perhaps of a part of a character, that an id adds to a text."""
         return self._token_bytes[token]
 
+    def id_of(self, name: str) -> int | None:
+        """The id of a token by its name in the vocabulary."""
+        return self._inner.token_to_id(name)
+
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json`, and `tokenizer_config.json` which names the end of text."""
         settings = {"eos_token": self.end_of_text_name}
