@@ -18,7 +18,6 @@ from seqeff.checks import UserError, flatten, writing
 from seqeff.data import Tokenizer
 from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
-from seqeff.interop.imports import TOKENIZER_FILES
 from seqeff.interop.settings import Settings
 from seqeff.interop.tensors import (
     Placement,
@@ -26,6 +25,12 @@ from seqeff.interop.tensors import (
     parameter_shapes,
     placements,
     without_place,
+)
+from seqeff.interop.tokenizer_files import (
+    SETTINGS,
+    copy_tokenizer,
+    token_name,
+    tokenizer_settings,
 )
 from seqeff.interop.weights import some, write_weights
 from seqeff.models import TransformerConfig
@@ -182,8 +187,7 @@ def _size(tensor: Placement) -> int:
 
 def _tokens(run: RunDirectory, tokenizer: Tokenizer) -> dict[str, int]:
     """The ids that end and begin a text."""
-    name = _tokenizer_settings(run.tokenizer).get("bos_token")
-    name = name.get("content") if isinstance(name, dict) else name
+    name = token_name(tokenizer_settings(run.tokenizer).get("bos_token"))
     begin = None if name is None else tokenizer.id_of(name)
     end = tokenizer.end_of_text
     return {"eos_token_id": end, "bos_token_id": end if begin is None else begin}
@@ -191,18 +195,11 @@ def _tokens(run: RunDirectory, tokenizer: Tokenizer) -> dict[str, int]:
 
 def _write_tokenizer(run: RunDirectory, directory: Path) -> None:
     """Copies the tokenizer; tells `transformers` to take it as it is, unless it says a class."""
-    for name in TOKENIZER_FILES:
-        if (run.tokenizer / name).is_file():
-            shutil.copyfile(run.tokenizer / name, directory / name)
-    settings = _tokenizer_settings(directory)
+    copy_tokenizer(run.tokenizer, directory)
+    settings = tokenizer_settings(directory)
     if "tokenizer_class" not in settings:
         settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
-        _write_json(directory / TOKENIZER_FILES[1], settings)
-
-
-def _tokenizer_settings(directory: Path) -> Mapping[str, Any]:
-    file = directory / TOKENIZER_FILES[1]
-    return Settings.load(file).values if file.is_file() else {}
+        _write_json(directory / SETTINGS, settings)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,19 +16,12 @@ from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
 from seqeff.interop.settings import Settings
 from seqeff.interop.tensors import Placement, nested, parameter_shapes, placements
+from seqeff.interop.tokenizer_files import copy_tokenizer, tokenizer_directory
 from seqeff.interop.weights import WeightFiles, open_weights, some
 from seqeff.models import TransformerConfig
 from seqeff.runs import Origin, RunDirectory, write_atomically
 from seqeff.training import Train
 from seqeff.training.checkpoints import Checkpoints, CheckpointStore
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-"""What is kept of a tokenizer; only the first must be there."""
 
 
 class HuggingFaceModel:
@@ -43,19 +35,21 @@ class HuggingFaceModel:
 
     def __init__(
         self,
-        directory: Path,
         config: TransformerConfig,
         length: int,
         tokenizer: Tokenizer,
+        tokenizer_directory: Path,
         weights: WeightFiles,
         placed: Mapping[str, Placement],
     ) -> None:
         """
         Args:
+          tokenizer_directory: that the tokenizer was read from.
           placed: every tensor of the model, by its name among the weights.
         """
         self.config, self.length, self.tokenizer = config, length, tokenizer
-        self._directory, self._weights, self._placed = directory, weights, placed
+        self._tokenizer_directory = tokenizer_directory
+        self._weights, self._placed = weights, placed
 
     def train_config(self, run: RunDirectory) -> Train:
         """The config of the run that it becomes: without documents, and without steps to take."""
@@ -78,9 +72,7 @@ class HuggingFaceModel:
         """
         with run.writing():
             run.tokenizer.mkdir(exist_ok=True)
-            for name in TOKENIZER_FILES:
-                if (self._directory / name).is_file():
-                    shutil.copyfile(self._directory / name, run.tokenizer / name)
+            copy_tokenizer(self._tokenizer_directory, run.tokenizer)
             fingerprint = fingerprint_without_documents(self.tokenizer)
             write_atomically(run.data, json.dumps(fingerprint, indent=2) + "\n")
         with CheckpointStore(run.checkpoints, Checkpoints()) as store:
@@ -113,11 +105,18 @@ def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
     settings = Settings.load(directory / "config.json")
     family = _family(settings)
     config = _model(settings, family)
-    tokenizer = _tokenizer(directory, config)
-    with open_weights(directory) as weights:
-        placed = _placed(directory, family, config, weights)
-        length = settings.get(family.length, 2048)
-        yield HuggingFaceModel(directory, config, length, tokenizer, weights, placed)
+    length = settings.get(family.length, 2048)
+    with tokenizer_directory(directory) as tokenizer_from:
+        tokenizer = Tokenizer.load(tokenizer_from)
+        if tokenizer.vocabulary_size > config.vocabulary_size:
+            raise UserError(
+                f"the tokenizer in {directory} has {tokenizer.vocabulary_size} tokens, the "
+                f"vocab_size of config.json is {config.vocabulary_size}; give the tokenizer of "
+                "this model"
+            )
+        with open_weights(directory) as weights:
+            placed = _placed(directory, family, config, weights)
+            yield HuggingFaceModel(config, length, tokenizer, tokenizer_from, weights, placed)
 
 
 def _family(settings: Settings) -> Family:
@@ -143,22 +142,6 @@ def _model(settings: Settings, family: Family) -> TransformerConfig:
         return family.read(settings)
     except ConfigError as error:
         raise UserError(f"{settings.place}: {error}") from error
-
-
-def _tokenizer(directory: Path, config: TransformerConfig) -> Tokenizer:
-    file = directory / TOKENIZER_FILES[0]
-    if not file.is_file():
-        raise UserError(
-            f"{directory} holds no {file.name}; make it with transformers: "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        )
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocabulary_size > config.vocabulary_size:
-        raise UserError(
-            f"{file} has {tokenizer.vocabulary_size} tokens, the vocab_size of config.json is "
-            f"{config.vocabulary_size}; give the tokenizer of this model"
-        )
-    return tokenizer
 
 
 def _placed(

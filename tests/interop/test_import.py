@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hugging_face import (
     END_OF_TEXT,
     change_settings,
@@ -14,12 +15,13 @@ from hugging_face import (
     logits_of,
     make_run,
     model_of,
-    write_tokenizer,
+    write_json,
 )
 from tiny_run import files_of, refused, seqeff, steps_of
 from variants import VARIANTS, learned, llama
 
 from seqeff import config
+from seqeff.data import Tokenizer
 from seqeff.runs import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -211,7 +213,7 @@ SETTINGS = {
     "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
     "code": ({"auto_map": {"AutoModel": "modeling.Mine"}}, "is never run"),
     "dtype": ({"torch_dtype": "int8"}, "torch_dtype = 'int8' is not supported"),
-    "vocabulary": ({"vocab_size": 200}, "tokenizer.json has 263 tokens, the vocab_size of"),
+    "vocabulary": ({"vocab_size": 200}, "has 263 tokens, the vocab_size of config.json is 200"),
 }
 
 
@@ -313,7 +315,7 @@ def test_nothing_is_left_where_the_disk_is_full(source, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seqeff.interop.imports.shutil.copyfile", fail)
+    monkeypatch.setattr("seqeff.interop.tokenizer_files.shutil.copyfile", fail)
     line = refused("import", source, tmp_path / "run")
     assert f"cannot write the run directory {tmp_path}/run: No space left on device" in line
     assert not (tmp_path / "run").exists()
@@ -354,9 +356,6 @@ def test_the_tokenizer_keeps_what_comes_with_it(source, tmp_path):
     done("import", source, tmp_path / "run")
     done("export", tmp_path / "run", "--to", "hf", "--output", tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(source)
-    write_tokenizer(source)
-    settings = json.loads((source / "tokenizer_config.json").read_text())
-    assert settings["eos_token"] == END_OF_TEXT
 
 
 def test_the_config_in_the_readme_goes_on_from_it(imported, tmp_path):
@@ -366,3 +365,29 @@ def test_the_config_in_the_readme_goes_on_from_it(imported, tmp_path):
     train = config.load(tmp_path / "mine.gin").root
     assert train.parent == str(imported)
     assert train.model.width == model_of(imported)[0].width
+
+
+def split_tokenizer(folder):
+    """Leaves vocabulary and merges of a `tokenizer.json`, as OPT has them."""
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.model.save(str(folder))
+    (folder / "tokenizer.json").unlink()
+    names = {"bos_token": END_OF_TEXT, "eos_token": {"content": END_OF_TEXT}, "pad_token": "none"}
+    write_json(folder / "special_tokens_map.json", names)
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "eos_token": END_OF_TEXT})
+
+
+def test_a_tokenizer_of_vocabulary_and_merges(source, imported, tmp_path):
+    split_tokenizer(source)
+    done("import", source, tmp_path / "run")
+    whole, made = (Tokenizer.load(run / "tokenizer") for run in (imported, tmp_path / "run"))
+    text = f"the cat,\n and {END_OF_TEXT} the dóg"
+    assert made.encode(text) == whole.encode(text)
+    assert made.vocabulary() == whole.vocabulary()
+    assert made.end_of_text == whole.end_of_text
+    done("export", tmp_path / "run", "--to", "hf", "--output", tmp_path / "out")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    assert inner.encode("the").ids == [made.end_of_text, *made.encode("the")]
+    (source / "merges.txt").write_text("a b c d\n")
+    line = refused("import", source, tmp_path / "other")
+    assert f"cannot read vocab.json and merges.txt in {source}" in line

@@ -1,9 +1,19 @@
 """Models of transformers, imported and exported again: the same logits on every way."""
 
+import shutil
+
 import hugging_face
 import numpy as np
 import pytest
-from hugging_face import LENGTH, VOCABULARY, logits_of, write_tokenizer
+import tokenizers
+from hugging_face import (
+    END_OF_TEXT,
+    LENGTH,
+    VOCABULARY,
+    logits_of,
+    write_json,
+    write_tokenizer,
+)
 from tiny_run import files_of, seqeff
 
 from seqeff.data import Tokenizer
@@ -209,3 +219,25 @@ def test_code_in_a_file_of_pytorch_is_not_run(saved, torch, tmp_path):
     assert "as tensors alone" in result.errors
     assert not (tmp_path / "opened").exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_vocabulary_and_merges(saved, transformers, tmp_path):
+    """As the models of OPT have them, whose texts begin with a token."""
+    _, folder, _ = saved("opt")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.model.save(str(tmp_path))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    write_json(tmp_path / "special_tokens_map.json", names)
+    write_json(
+        tmp_path / "tokenizer_config.json",
+        {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **names},
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    run = imported(tmp_path, tmp_path / "run")
+    again = transformers.AutoTokenizer.from_pretrained(exported(run, tmp_path / "out"))
+    text = " the dóg,\n and  the cat"
+    expected = theirs(text)["input_ids"]
+    assert again(text)["input_ids"] == expected
+    assert Tokenizer.load(run / "tokenizer").encode(text) == expected[1:]
