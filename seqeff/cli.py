@@ -153,8 +153,10 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "Make a run directory of a model of Hugging Face transformers."
     importing = command("import", _import, text)
-    text = "a directory with config.json, weights and tokenizer.json"
-    importing.add_argument("source", type=Path, metavar="HF_DIR", help=text)
+    text = (
+        "a directory with config.json, weights and a tokenizer, or OWNER/NAME[@REVISION] of the hub"
+    )
+    importing.add_argument("source", metavar="HF_DIR", help=text)
     text = "the run directory to make"
     importing.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
 
@@ -166,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--to", choices=("hf",), required=True, help=text)
     text = "the directory to make (default: RUN_DIR/hf)"
     exporting.add_argument("--output", type=Path, metavar="DIRECTORY", help=text)
+    text = "upload it to the hub too, as a private model if the name is new"
+    exporting.add_argument("--push", metavar="OWNER/NAME", help=text)
     _add_checkpoint(exporting)
 
     text = "Which methods, backends and devices are available here, and why not."
@@ -505,26 +509,31 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def _import(options: argparse.Namespace, _: Sequence[str]) -> int:
     from seqeff import config, interop
+    from seqeff.interop import hub
     from seqeff.models.flops import parameter_count
     from seqeff.runs import Origin, RunDirectory, write_atomically
 
-    run = RunDirectory(options.run_dir)
-    with interop.open_model(options.source) as model, run.lock():
+    run, directory = RunDirectory(options.run_dir), Path(options.source).absolute()
+    origin = str(directory)
+    if hub.is_name(options.source):
+        directory = hub.pull(options.source)
+        origin = f"{options.source.partition('@')[0]}@{directory.name}"
+    with interop.open_model(directory) as model, run.lock():
         if run.exists():
             raise UserError(f"{options.run_dir} holds a run already; choose another directory")
-        text = f"# imported from {options.source.absolute()}\n\n"
+        text = f"# imported from {origin}\n\n"
         text += config.write(model.train_config(run))
         with run.writing():
             write_atomically(run.config, text)
         model.write(run, Origin(text, config.load(run.config).operative))
         count, length = parameter_count(model.config), model.length
-    directory = shlex.quote(_shown(run.path))
+    shown = shlex.quote(_shown(run.path))
     print(
         f"{count:,} parameters, rows of {length:,} tokens\n"
         f"run directory: {_shown(run.path)}\n"
         "next:\n"
-        f'  seqeff generate {directory} --prompt "The "\n'
-        f"  seqeff eval {directory} --gin.Data.validation='@TextFiles()' "
+        f'  seqeff generate {shown} --prompt "The "\n'
+        f"  seqeff eval {shown} --gin.Data.validation='@TextFiles()' "
         "--gin.TextFiles.paths=\"('FILE',)\""
     )
     return 0
@@ -532,6 +541,7 @@ def _import(options: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _export(options: argparse.Namespace, _: Sequence[str]) -> int:
     from seqeff import interop
+    from seqeff.interop import hub
 
     run, config, tokenizer = _open(options, ())
     output = options.output or run.path / options.to
@@ -544,6 +554,8 @@ def _export(options: argparse.Namespace, _: Sequence[str]) -> int:
         checkpoint=options.checkpoint,
     )
     print(f"{family.architecture}: {_shown(output.absolute())}")
+    if options.push is not None:
+        print(hub.push(output, options.push))
     return 0
 
 
