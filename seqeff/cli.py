@@ -467,7 +467,7 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     context = generation_context(model, options.context or length)
     if context is None and options.context:
         raise UserError("--context is for caches that grow; this model's do not: leave it out")
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(text)]
+    prompt = [tokenizer.begin_of_text, *tokenizer.encode(text)]
     check_prompt(prompt, context)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
     whole = len(prompt) + options.tokens

@@ -101,7 +101,7 @@ class Report:
             self._generator = Generator(
                 self._program.model, tokenizer.vocabulary_size, config.data.sequence_length
             )
-        prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)]
+        prompt = [tokenizer.begin_of_text, *tokenizer.encode(config.sample_prompt)]
         prompt = prompt[: config.data.sequence_length // 2]
         ids = self._generator.stream(
             state["parameters"],
