@@ -168,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--to", choices=("hf",), required=True, help=text)
     text = "the directory to make (default: RUN_DIR/hf)"
     exporting.add_argument("--output", type=Path, metavar="DIRECTORY", help=text)
+    choices = ("float32", "bfloat16", "float16")
+    text = "type of the weights (default: float32, that of training)"
+    exporting.add_argument("--dtype", choices=choices, default="float32", help=text)
     text = "upload it to the hub too, as a private model if the name is new"
     exporting.add_argument("--push", metavar="OWNER/NAME", help=text)
     _add_checkpoint(exporting)
@@ -552,6 +555,7 @@ def _export(options: argparse.Namespace, _: Sequence[str]) -> int:
         tokenizer,
         output,
         checkpoint=options.checkpoint,
+        dtype=options.dtype,
     )
     print(f"{family.architecture}: {_shown(output.absolute())}")
     if options.push is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from seqeff.checks import UserError, flatten, writing
@@ -19,13 +20,7 @@ from seqeff.data import Tokenizer
 from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
 from seqeff.interop.settings import Settings
-from seqeff.interop.tensors import (
-    Placement,
-    nested,
-    parameter_shapes,
-    placements,
-    without_place,
-)
+from seqeff.interop.tensors import nested, parameter_shapes, placements, without_place
 from seqeff.interop.tokenizer_files import (
     SETTINGS,
     copy_tokenizer,
@@ -37,7 +32,13 @@ from seqeff.models import TransformerConfig
 from seqeff.runs import RunDirectory
 from seqeff.training.checkpoints import CheckpointStore
 
-_DTYPE = np.dtype(np.float32)
+_PARAMETER = np.dtype(np.float32)
+DTYPES: dict[str, np.dtype] = {
+    "float32": _PARAMETER,
+    "bfloat16": np.dtype(jnp.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+"""Types that weights can be written in."""
 
 
 def export_model(
@@ -48,15 +49,17 @@ def export_model(
     output: Path,
     *,
     checkpoint: int | None = None,
+    dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
 ) -> Family:
-    """Writes the model of a run, complete or not at all: config, float32 weights, tokenizer.
+    """Writes the model of a run, complete or not at all: config, weights, tokenizer.
 
     Args:
       config: of the run's model.
       length: of its rows.
       output: the directory to make.
       checkpoint: step of the parameters; None: the last.
+      dtype: of the weights, one of `DTYPES`; only float32 loses nothing.
       shard_bytes: of the largest file of weights.
 
     Returns:
@@ -71,19 +74,21 @@ def export_model(
     family, settings = _expressed(config, run)
     shapes = parameter_shapes(config)
     parameters = _parameters(run, shapes, checkpoint)
+    cast = DTYPES[dtype]
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     with writing(str(output), "or choose another --output"):
         try:
             partial.mkdir(parents=True)
             length = config.positions.limit or length
-            settings |= {family.length: length, **_tokens(run, tokenizer)}
+            settings |= {family.length: length, "torch_dtype": dtype, **_tokens(run, tokenizer)}
             _write_json(partial / "config.json", settings)
             _write_tokenizer(run, partial)
             tensors = placements(family.tensors(config), shapes)
+            by_name = {tensor.theirs: tensor for tensor in tensors}
             write_weights(
                 partial,
-                {tensor.theirs: _size(tensor) for tensor in tensors},
-                {tensor.theirs: functools.partial(tensor.read, parameters) for tensor in tensors},
+                {tensor.theirs: math.prod(tensor.shape) * cast.itemsize for tensor in tensors},
+                lambda name: by_name[name].read(parameters).astype(cast, copy=False),
                 shard_bytes,
             )
             partial.rename(output)
@@ -105,7 +110,6 @@ def _expressed(config: TransformerConfig, run: RunDirectory) -> tuple[Family, di
         settings = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
-            "torch_dtype": _DTYPE.name,
             **family.write(config),
         }
         found = [
@@ -172,17 +176,13 @@ def _parameters(
     run: RunDirectory, shapes: Mapping[str, tuple[int, ...]], checkpoint: int | None
 ) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint by dotted path."""
-    wanted = {path: jax.ShapeDtypeStruct(shape, _DTYPE) for path, shape in shapes.items()}
+    wanted = {path: jax.ShapeDtypeStruct(shape, _PARAMETER) for path, shape in shapes.items()}
     with CheckpointStore(run.checkpoints) as store:
         state, _ = store.restore(checkpoint, {"parameters": nested(wanted)}, partial=True)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state["parameters"])
     }
-
-
-def _size(tensor: Placement) -> int:
-    return int(np.prod(tensor.shape)) * _DTYPE.itemsize
 
 
 def _tokens(run: RunDirectory, tokenizer: Tokenizer) -> dict[str, int]:

@@ -98,9 +98,13 @@ def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
         expressed, tensors are missing, superfluous or of another shape, or the tokenizer is not
         that of the model.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory} is no directory; give one that holds a config.json")
-    if not (directory / "config.json").is_file():
+    try:
+        names = {path.name for path in directory.iterdir()}
+    except OSError as error:
+        raise UserError(
+            f"cannot read {directory}: {error.strerror}; give the directory of a model"
+        ) from error
+    if "config.json" not in names:
         raise UserError(f"{directory} holds no config.json; give the directory of a model")
     settings = Settings.load(directory / "config.json")
     family = _family(settings)

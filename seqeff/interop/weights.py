@@ -6,7 +6,7 @@ import contextlib
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -90,14 +90,14 @@ def open_weights(directory: Path) -> Iterator[WeightFiles]:
 def write_weights(
     directory: Path,
     sizes: Mapping[str, int],
-    read: Mapping[str, Any],
+    read: Callable[[str], np.ndarray],
     shard_bytes: int,
 ) -> None:
     """Writes tensors as safetensors, in several files with an index where one would be too large.
 
     Args:
       sizes: bytes of each tensor, in the order in which they are written.
-      read: a function of each tensor's name that makes its array.
+      read: makes the array of a tensor.
       shard_bytes: a file has at most so many, unless a tensor alone has more.
     """
     shards: list[list[str]] = [[]]
@@ -123,7 +123,7 @@ def write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (directory / (_SAFETENSORS + _INDEX)).write_text(text, encoding="utf-8")
     for file, names in zip(files, shards, strict=True):
-        arrays = {name: np.ascontiguousarray(read[name]()) for name in names}
+        arrays = {name: np.ascontiguousarray(read(name)) for name in names}
         # transformers refuses files that do not name a framework
         save_file(arrays, directory / file, metadata={"format": "pt"})
 

@@ -262,7 +262,10 @@ def test_files_that_are_not_there_or_damaged(source, tmp_path):
         assert not run.exists()
         return found
 
-    assert "is no directory" in refused("import", tmp_path / "nowhere", run)
+    (tmp_path / "file").touch()
+    for name, reason in (("nowhere", "No such file or directory"), ("file", "Not a directory")):
+        found = refused("import", tmp_path / name, run)
+        assert found.startswith(f"cannot read {tmp_path / name}: {reason}; give the directory")
     settings = (source / "config.json").read_text()
     (source / "config.json").write_text("{")
     assert "config.json is not valid JSON" in line()

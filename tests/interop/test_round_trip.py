@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from hugging_face import VOCABULARY, logits_of, make_run, model_of
@@ -70,6 +71,21 @@ def test_files_of_a_limited_size(tmp_path):
 def exported(run, folder):
     done("export", run.path, "--to", "hf", "--output", folder)
     return folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_half_the_size(dtype, tmp_path):
+    run = make_run(tmp_path / "run", llama())
+    done("export", run.path, "--to", "hf", "--dtype", dtype)
+    done("import", run.path / "hf", tmp_path / "back")
+    model, parameters = model_of(tmp_path / "back")
+    assert model.dtype == "bfloat16"
+    for rounded, whole in zip(
+        jax.tree.leaves(parameters), jax.tree.leaves(model_of(run.path)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(rounded, whole.astype(dtype).astype("float32"))
+    done("export", tmp_path / "back", "--to", "hf", "--dtype", dtype)
+    assert files_of(tmp_path / "back/hf") == files_of(run.path / "hf")
 
 
 def test_what_is_written(tmp_path):
