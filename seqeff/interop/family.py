@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from seqeff.models import (
     Rotary,
     RotaryScaling,
     TransformerConfig,
+    YarnScaling,
 )
 
 
@@ -68,19 +70,30 @@ def read_dtype(settings: Settings) -> Any:
     return settings.choice(name, _DTYPES, "float32")
 
 
-_SCALINGS: dict[str, tuple[type[Any], dict[str, str]]] = {
-    "linear": (LinearScaling, {"factor": "factor"}),
+_LENGTH = ("original_max_position_embeddings", int)
+_SCALINGS: dict[str, tuple[type[Any], dict[str, tuple[str, type]]]] = {
+    "linear": (LinearScaling, {"factor": ("factor", float)}),
     "llama3": (
         Llama3Scaling,
         {
-            "factor": "factor",
-            "low_frequency_factor": "low_freq_factor",
-            "high_frequency_factor": "high_freq_factor",
-            "original_length": "original_max_position_embeddings",
+            "factor": ("factor", float),
+            "low_frequency_factor": ("low_freq_factor", float),
+            "high_frequency_factor": ("high_freq_factor", float),
+            "original_length": _LENGTH,
+        },
+    ),
+    "yarn": (
+        YarnScaling,
+        {
+            "factor": ("factor", float),
+            "original_length": _LENGTH,
+            "fast": ("beta_fast", float),
+            "slow": ("beta_slow", float),
+            "attention_factor": ("attention_factor", float),
         },
     ),
 }
-"""By their name our class, and its fields with theirs."""
+"""By their name our class, and of its fields the name and type that they have there."""
 
 
 def read_rotary(
@@ -110,23 +123,25 @@ def _read_scaling(parameters: Settings) -> RotaryScaling | None:
     known = parameters.choice(name, {"default": None, **_SCALINGS}, "default")
     if known is None:
         return None
-    cls, fields = known
-    kinds = {"original_length": int}
-    return cls(
-        **{
-            ours: parameters.required(theirs, kinds.get(ours, float))
-            for ours, theirs in fields.items()
-        }
-    )
+    parameters.only(truncate=True, mscale=None, mscale_all_dim=None)
+    cls, names = known
+    values = {}
+    for field in dataclasses.fields(cls):
+        theirs, kind = names[field.name]
+        if field.default is dataclasses.MISSING:
+            values[field.name] = parameters.required(theirs, kind)
+        elif (value := parameters.optional(theirs, kind, None)) is not None:
+            values[field.name] = value
+    return cls(**values)
 
 
 def write_scaling(positions: Any) -> dict[str, Any] | None:
     """`rope_scaling` of rotary positions; null where it knows no such scaling."""
     scaling = getattr(positions, "scaling", None)
-    for name, (cls, fields) in _SCALINGS.items():
+    for name, (cls, names) in _SCALINGS.items():
         if type(scaling) is cls:
-            values = {theirs: getattr(scaling, ours) for ours, theirs in fields.items()}
-            return {"rope_type": name, **values}
+            values = {theirs: getattr(scaling, ours) for ours, (theirs, _) in names.items()}
+            return {"rope_type": name, **{k: v for k, v in values.items() if v is not None}}
     return None
 
 

@@ -16,7 +16,7 @@ from seqeff.models.norms import LayerNorm, RMSNorm
 from seqeff.models.parameters import parameter_shardings
 from seqeff.models.positions import BilevelPositions, LearnedPositions, NoPositions, Rotary
 from seqeff.models.projections import HeadProjections
-from seqeff.models.rotary_scaling import LinearScaling, Llama3Scaling, RotaryScaling
+from seqeff.models.rotary_scaling import LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling
 from seqeff.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "SmallInitialisation",
     "Transformer",
     "TransformerConfig",
+    "YarnScaling",
     "cached_parameters",
     "cross_entropy_sums",
     "empty_cache",

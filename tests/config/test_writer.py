@@ -48,7 +48,16 @@ def train(**model):
 CASES = {
     "defaults": train(),
     "parts": train(
-        norm=RMSNorm(epsilon=1e-6), positions=Rotary(base=5e5, scaling=Llama3Scaling(factor=32.0))
+        norm=RMSNorm(epsilon=1e-6),
+        positions=Rotary(
+            base=5e5,
+            scaling=Llama3Scaling(
+                factor=8.0,
+                low_frequency_factor=1.0,
+                high_frequency_factor=4.0,
+                original_length=8192,
+            ),
+        ),
     ),
     "layers": train(
         attention=DenseAttention(window=7),

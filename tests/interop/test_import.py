@@ -199,7 +199,7 @@ SETTINGS = {
     "width": ({"intermediate_size": 21}, "do not fit config.json: model.layers.0.mlp"),
     "rope": (
         {"rope_scaling": {"rope_type": "longrope"}},
-        "rope_type = 'longrope' is not supported; supported are default, linear, llama3",
+        "rope_type = 'longrope' is not supported; supported are default, linear, llama3, yarn",
     ),
     "rope of layers": (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -208,6 +208,17 @@ SETTINGS = {
     "rope without factor": (
         {"rope_scaling": {"type": "linear"}},
         "config.json: rope_scaling has no factor; give a number",
+    ),
+    "yarn of other code": (
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 0.7,
+            }
+        },
+        "mscale = 0.7 is not supported",
     ),
     "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "= 0.5 is not supported"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),

@@ -97,7 +97,15 @@ MODELS = {
             layers=32,
             feed_forward=gated(14336),
             norm=RMSNorm(epsilon=1e-5),
-            positions=Rotary(base=500_000.0, scaling=Llama3Scaling()),
+            positions=Rotary(
+                base=500_000.0,
+                scaling=Llama3Scaling(
+                    factor=8.0,
+                    low_frequency_factor=1.0,
+                    high_frequency_factor=4.0,
+                    original_length=8192,
+                ),
+            ),
         ),
     ),
     "llama of early settings": (

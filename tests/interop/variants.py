@@ -13,6 +13,7 @@ from seqeff.models import (
     RMSNorm,
     Rotary,
     TransformerConfig,
+    YarnScaling,
 )
 
 SIZES = {"vocabulary_size": VOCABULARY, "width": 24, "layers": 3, "dtype": "float32"}
@@ -67,7 +68,21 @@ VARIANTS = {
     "llama": ("LlamaForCausalLM", llama()),
     "llama, tied, scaled": (
         "LlamaForCausalLM",
-        llama(tie_embeddings=True, positions=Rotary(scaling=Llama3Scaling(original_length=16))),
+        llama(
+            tie_embeddings=True,
+            positions=Rotary(
+                scaling=Llama3Scaling(
+                    factor=8.0,
+                    low_frequency_factor=1.0,
+                    high_frequency_factor=4.0,
+                    original_length=16,
+                )
+            ),
+        ),
+    ),
+    "llama, yarn": (
+        "LlamaForCausalLM",
+        llama(positions=Rotary(scaling=YarnScaling(factor=4.0, original_length=16, fast=9.0))),
     ),
     "llama, biases": (
         "LlamaForCausalLM",

@@ -73,6 +73,19 @@ MODELS = {
     ),
     "llama 2": ("Llama", LLAMA | {"num_key_value_heads": 6, "rms_norm_eps": 1e-3}),
     "llama 3": ("Llama", LLAMA | {"rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "llama, yarn": (
+        "Llama",
+        LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 3.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4,
+            }
+        },
+    ),
     "llama, biases, large heads": (
         "Llama",
         LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 10},
