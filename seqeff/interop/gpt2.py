@@ -20,18 +20,18 @@ def _read(settings: Settings) -> TransformerConfig:
     settings.only(
         scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
     )
-    width = settings.required("n_embd", int)
+    width = settings.size("n_embd")
     return TransformerConfig(
-        vocabulary_size=settings.required("vocab_size", int),
+        vocabulary_size=settings.size("vocab_size"),
         width=width,
-        layers=settings.required("n_layer", int),
-        projections=HeadProjections(heads=settings.required("n_head", int)),
+        layers=settings.size("n_layer"),
+        projections=HeadProjections(heads=settings.size("n_head")),
         feed_forward=FeedForward(
             hidden=settings.get("n_inner", 4 * width),
             activation=settings.choice("activation_function", ACTIVATIONS, "gelu_new"),
         ),
         norm=LayerNorm(epsilon=settings.get("layer_norm_epsilon", 1e-5)),
-        positions=LearnedPositions(length=settings.required("n_positions", int)),
+        positions=LearnedPositions(length=settings.size("n_positions")),
         tie_embeddings=settings.get("tie_word_embeddings", True),
         dtype=read_dtype(settings),
     )

@@ -19,15 +19,15 @@ from seqeff.models import FeedForward, HeadProjections, LayerNorm, TransformerCo
 
 def _read(settings: Settings) -> TransformerConfig:
     return TransformerConfig(
-        vocabulary_size=settings.required("vocab_size", int),
-        width=settings.required("hidden_size", int),
-        layers=settings.required("num_hidden_layers", int),
+        vocabulary_size=settings.size("vocab_size"),
+        width=settings.size("hidden_size"),
+        layers=settings.size("num_hidden_layers"),
         projections=HeadProjections(
-            heads=settings.required("num_attention_heads", int),
+            heads=settings.size("num_attention_heads"),
             bias=settings.get("attention_bias", True),
         ),
         feed_forward=FeedForward(
-            hidden=settings.required("intermediate_size", int),
+            hidden=settings.size("intermediate_size"),
             activation=settings.choice("hidden_act", ACTIVATIONS, "gelu"),
         ),
         norm=LayerNorm(epsilon=settings.get("layer_norm_eps", 1e-5)),

@@ -100,9 +100,9 @@ def _write_later_windows(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read(kind: _Kind, settings: Settings) -> TransformerConfig:
-    width = settings.required("hidden_size", int)
-    heads = settings.required("num_attention_heads", int)
-    layers = settings.required("num_hidden_layers", int)
+    width = settings.size("hidden_size")
+    heads = settings.size("num_attention_heads")
+    layers = settings.size("num_hidden_layers")
     require(
         kind.head_dim is not None or width % heads == 0,
         f"num_attention_heads = {heads} must divide hidden_size = {width}",
@@ -119,7 +119,7 @@ def _read(kind: _Kind, settings: Settings) -> TransformerConfig:
     windows = kind.read_windows(settings, layers)
     differ = len(set(windows)) > 1
     return TransformerConfig(
-        vocabulary_size=settings.required("vocab_size", int),
+        vocabulary_size=settings.size("vocab_size"),
         width=width,
         layers=layers,
         projections=HeadProjections(
@@ -131,7 +131,7 @@ def _read(kind: _Kind, settings: Settings) -> TransformerConfig:
             head_norm=RMSNorm(epsilon=epsilon) if kind.head_norm else None,
         ),
         feed_forward=FeedForward(
-            hidden=settings.required("intermediate_size", int),
+            hidden=settings.size("intermediate_size"),
             activation=settings.choice("hidden_act", ACTIVATIONS, "silu"),
             gated=True,
             bias=feed_forward,

@@ -19,7 +19,7 @@ _UNUSED_POSITIONS = 2
 
 
 def _read(settings: Settings) -> TransformerConfig:
-    width = settings.required("hidden_size", int)
+    width = settings.size("hidden_size")
     settings.only(
         word_embed_proj_dim=width,
         do_layer_norm_before=True,
@@ -28,17 +28,17 @@ def _read(settings: Settings) -> TransformerConfig:
     )
     bias = settings.get("enable_bias", True)
     return TransformerConfig(
-        vocabulary_size=settings.required("vocab_size", int),
+        vocabulary_size=settings.size("vocab_size"),
         width=width,
-        layers=settings.required("num_hidden_layers", int),
-        projections=HeadProjections(heads=settings.required("num_attention_heads", int), bias=bias),
+        layers=settings.size("num_hidden_layers"),
+        projections=HeadProjections(heads=settings.size("num_attention_heads"), bias=bias),
         feed_forward=FeedForward(
-            hidden=settings.required("ffn_dim", int),
+            hidden=settings.size("ffn_dim"),
             activation=settings.choice("activation_function", ACTIVATIONS, "relu"),
             bias=bias,
         ),
         norm=LayerNorm(epsilon=1e-5),
-        positions=LearnedPositions(length=settings.required("max_position_embeddings", int)),
+        positions=LearnedPositions(length=settings.size("max_position_embeddings")),
         tie_embeddings=settings.get("tie_word_embeddings", True),
         dtype=read_dtype(settings),
     )

@@ -51,6 +51,17 @@ class Settings:
             raise UserError(f"{self.place} has no {name}; give {_KINDS[kind]}")
         return found
 
+    def size(self, name: str) -> int:
+        """A whole number of at least 1.
+
+        Raises:
+          UserError: it is absent, null or something else.
+        """
+        value = self.required(name, int)
+        if value < 1:
+            raise UserError(f"{self.place}: {name} = {value} must be at least 1")
+        return value
+
     def get(self, name: str, default: Value) -> Value:
         """A value, or the default where it is absent or null.
 

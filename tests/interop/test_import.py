@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,14 @@ def test_files_that_are_not_there_or_damaged(source, tmp_path):
     assert "lists tensors that its files lack: model.nrm.weight" in line()
     (source / "tokenizer.json").unlink()
     assert "holds no tokenizer.json" in line()
+
+
+def test_files_of_pytorch_need_it(source, tmp_path, monkeypatch):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    line = refused("import", source, tmp_path / "run")
+    assert "pytorch_model.bin needs PyTorch to be read: pip install torch" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_written_over(source, imported):

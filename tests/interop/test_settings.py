@@ -1,7 +1,9 @@
 """Settings as published models have them, by older and newer versions of transformers."""
 
 import pytest
+from variants import VARIANTS
 
+from seqeff.checks import UserError
 from seqeff.interop.gpt2 import GPT2
 from seqeff.interop.gpt_neox import GPT_NEOX
 from seqeff.interop.llama import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -262,6 +264,36 @@ MODELS = {
         ),
     ),
 }
+
+
+SMALL = {
+    family.architecture: (family, family.write(VARIANTS[name][1]))
+    for name, family in (
+        ("gpt-neox, sequential", GPT_NEOX),
+        ("llama, yarn", LLAMA),
+        ("mistral", MISTRAL),
+        ("qwen 2, windows", QWEN2),
+        ("qwen 3", QWEN3),
+        ("gpt-2", GPT2),
+        ("opt", OPT),
+    )
+}
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_a_strange_value_is_refused_or_makes_a_model(architecture):
+    family, settings = SMALL[architecture]
+    made, refused = 0, 0
+    for name in settings:
+        for value in (0, -1, 7, 1.5, True, "x", [], [1], {"x": 1}, {"rope_type": "yarn"}):
+            try:
+                family.read(Settings(settings | {name: value}, "config.json"))
+                made += 1
+            except UserError as error:
+                assert len(str(error).splitlines()) == 1
+                refused += 1
+    assert refused > 5 * len(settings)
+    assert made > len(settings) / 2
 
 
 @pytest.mark.parametrize("model", MODELS)
