@@ -128,10 +128,6 @@ class Tokenizer:
         """What closes every document of the token stream; nothing where one id begins and ends."""
         return () if self.begin_of_text == self.end_of_text else (self.end_of_text,)
 
-    def id_of(self, name: str) -> int | None:
-        """The id of a token by its name in the vocabulary."""
-        return self._inner.token_to_id(name)
-
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json`, and `tokenizer_config.json` which names the end of text."""
         settings = {"eos_token": self.end_of_text_name}

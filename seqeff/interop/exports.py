@@ -24,7 +24,6 @@ from seqeff.interop.tensors import nested, parameter_shapes, placements, without
 from seqeff.interop.tokenizer_files import (
     SETTINGS,
     copy_tokenizer,
-    token_name,
     tokenizer_settings,
 )
 from seqeff.interop.weights import some, write_weights
@@ -80,7 +79,12 @@ def export_model(
         try:
             partial.mkdir(parents=True)
             length = config.positions.limit or length
-            settings |= {family.length: length, "torch_dtype": dtype, **_tokens(run, tokenizer)}
+            settings |= {
+                family.length: length,
+                "torch_dtype": dtype,
+                "bos_token_id": tokenizer.begin_of_text,
+                "eos_token_id": tokenizer.end_of_text,
+            }
             _write_json(partial / "config.json", settings)
             _write_tokenizer(run, partial)
             tensors = placements(family.tensors(config), shapes)
@@ -183,14 +187,6 @@ def _parameters(
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state["parameters"])
     }
-
-
-def _tokens(run: RunDirectory, tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids that end and begin a text."""
-    name = token_name(tokenizer_settings(run.tokenizer).get("bos_token"))
-    begin = None if name is None else tokenizer.id_of(name)
-    end = tokenizer.end_of_text
-    return {"eos_token_id": end, "bos_token_id": end if begin is None else begin}
 
 
 def _write_tokenizer(run: RunDirectory, directory: Path) -> None:

@@ -126,6 +126,8 @@ def write_weights(
         arrays = {name: np.ascontiguousarray(read(name)) for name in names}
         # transformers refuses files that do not name a framework
         save_file(arrays, directory / file, metadata={"format": "pt"})
+        # the library lets nobody else read it
+        (directory / file).chmod(directory.stat().st_mode & 0o666)
 
 
 def some(names: Iterable[str], shown: int = 5) -> str:

@@ -63,14 +63,13 @@ def test_a_text_begins_as_the_tokenizer_says(tokenizer):
     assert tokenizer.begin_of_text == tokenizer.end_of_text
     assert tokenizer.document_ends == ()
     other = beginning(tokenizer, "<s>")
-    assert other.begin_of_text == other.id_of("<s>") == 300
+    assert other.begin_of_text == 300
     assert other.end_of_text == tokenizer.end_of_text
     assert other.document_ends == (tokenizer.end_of_text,)
     assert other.encode("a") == tokenizer.encode("a")
     assert other.byte_lengths()[300] == 0
     same = beginning(tokenizer, tokenizer.end_of_text_name)
     assert same.document_ends == ()
-    assert other.id_of("<none>") is None
 
 
 def test_the_vocabulary_is_the_text_of_each_id(tokenizer):

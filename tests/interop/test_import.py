@@ -390,6 +390,21 @@ def test_the_config_in_the_readme_goes_on_from_it(imported, tmp_path):
     assert train.model.width == model_of(imported)[0].width
 
 
+def test_texts_begin_as_the_tokenizer_says(source, tmp_path):
+    inner = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    inner.add_special_tokens(["<s>"])
+    begin = inner.token_to_id("<s>")
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    inner.save(str(source / "tokenizer.json"))
+    done("import", source, tmp_path / "run")
+    done("export", tmp_path / "run", "--to", "hf", "--output", tmp_path / "out")
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    end = inner.token_to_id(END_OF_TEXT)
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (begin, end)
+
+
 def split_tokenizer(folder):
     """Leaves vocabulary and merges of a `tokenizer.json`, as OPT has them."""
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

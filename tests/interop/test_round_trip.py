@@ -99,6 +99,9 @@ def test_what_is_written(tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        (folder / "config.json").stat().st_mode & 0o777
+    }
     settings = json.loads((folder / "config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (0, 0)
     positions = load_file(folder / "model.safetensors")["model.decoder.embed_positions.weight"]
