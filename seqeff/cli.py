@@ -83,6 +83,7 @@ def _nearest(name: str, candidates: Sequence[str]) -> str:
     return nearest_name(name, candidates)
 
 
+_USUAL_ROW = 8192
 _METHODS = ("dense", "streamingllm", "own")
 
 
@@ -531,13 +532,18 @@ def _import(options: argparse.Namespace, _: Sequence[str]) -> int:
         model.write(run, Origin(text, config.load(run.config).operative))
         count, length = parameter_count(model.config), model.length
     shown = shlex.quote(_shown(run.path))
-    print(
-        f"{count:,} parameters, rows of {length:,} tokens\n"
-        f"run directory: {_shown(run.path)}\n"
-        "next:\n"
-        f'  seqeff generate {shown} --prompt "The "\n'
+    generate = f'  seqeff generate {shown} --prompt "The "'
+    evaluate = (
         f"  seqeff eval {shown} --gin.Data.validation='@TextFiles()' "
         "--gin.TextFiles.paths=\"('FILE',)\""
+    )
+    if length > _USUAL_ROW:
+        # caches and rows of the whole length would often not fit
+        generate += f" --context {_USUAL_ROW}"
+        evaluate += f" --gin.Data.sequence_length={_USUAL_ROW}"
+    print(
+        f"{count:,} parameters, rows of {length:,} tokens\n"
+        f"run directory: {_shown(run.path)}\nnext:\n{generate}\n{evaluate}"
     )
     return 0
 

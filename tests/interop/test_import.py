@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -73,6 +74,18 @@ def test_the_directory_explains_itself(saved, imported):
         "checkpoints",
         "tokenizer",
     ]
+
+
+def test_what_to_type_next_can_be_typed(source, tmp_path, book, monkeypatch):
+    monkeypatch.setattr("seqeff.cli._USUAL_ROW", 64)
+    change_settings(source, max_position_embeddings=131_072)
+    run = tmp_path / "a run"
+    *_, generate, evaluate = done("import", source, run).splitlines()
+    for line in (generate, evaluate):
+        assert line.endswith((" 64", "=64"))
+        program, *arguments = shlex.split(line.replace("FILE", str(book)))
+        assert program == "seqeff"
+        done(*arguments, *(["--tokens", 2] if line == generate else []))
 
 
 def test_it_is_evaluated_on_documents_that_are_given(imported, book):
