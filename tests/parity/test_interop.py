@@ -254,3 +254,18 @@ def test_a_tokenizer_of_vocabulary_and_merges(saved, transformers, tmp_path):
     expected = theirs(text)["input_ids"]
     assert again(text)["input_ids"] == expected
     assert Tokenizer.load(run / "tokenizer").encode(text) == expected[1:]
+
+
+def test_a_run_that_was_trained_here(finished, torch, transformers, tmp_path):
+    out = exported(finished, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokens = tokenizer("the cat sat on the mat", return_tensors="pt")["input_ids"]
+    assert tokens[0].tolist() == Tokenizer.load(finished / "tokenizer").encode(
+        "the cat sat on the mat"
+    )
+    with torch.no_grad():
+        expected = model(tokens).logits.numpy()
+    np.testing.assert_allclose(logits_of(finished, tokens.numpy()), expected, atol=1e-4, rtol=1e-4)
+    written = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(written[0]).startswith("the cat sat on the mat")
