@@ -1,4 +1,4 @@
-"""The command line: `seqeff train | eval | generate | info | bench`."""
+"""The command line: `seqeff train | eval | generate | import | export | info | bench`."""
 
 from __future__ import annotations
 
@@ -85,9 +85,10 @@ def _nearest(name: str, candidates: Sequence[str]) -> str:
     return nearest_name(name, candidates)
 
 
+_USUAL_ROW = 8192
 _METHODS = ("dense", "streamingllm", "own")
-# prompts that are continued at a time
-_BATCH = 16
+# prompts that are continued at a time, and what the tokens of their cache are a multiple of
+_BATCH, _ROUNDED = 16, 256
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,6 +177,30 @@ def _parser() -> argparse.ArgumentParser:
     text = "with --prompts: the tokens' ids and log-probabilities too"
     generate.add_argument("--log-probabilities", action="store_true", help=text)
     _add_checkpoint(generate)
+
+    text = "Make a run directory of a model of Hugging Face transformers."
+    importing = command("import", _import, text)
+    text = (
+        "a directory with config.json, weights and a tokenizer, or OWNER/NAME[@REVISION] of the hub"
+    )
+    importing.add_argument("source", metavar="HF_DIR", help=text)
+    text = "the run directory to make"
+    importing.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
+
+    text = "Write a run's model for other frameworks."
+    exporting = command("export", _export, text)
+    text = "the run's directory"
+    exporting.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
+    text = "hf: a directory that Hugging Face transformers loads"
+    exporting.add_argument("--to", choices=("hf",), required=True, help=text)
+    text = "the directory to make (default: RUN_DIR/hf)"
+    exporting.add_argument("--output", type=Path, metavar="DIRECTORY", help=text)
+    choices = ("float32", "bfloat16", "float16")
+    text = "type of the weights (default: float32, that of training)"
+    exporting.add_argument("--dtype", choices=choices, default="float32", help=text)
+    text = "upload it to the hub too, as a private model if the name is new"
+    exporting.add_argument("--push", metavar="OWNER/NAME", help=text)
+    _add_checkpoint(exporting)
 
     text = "Which methods, backends and devices are available here, and why not."
     info = command("info", _info, text)
@@ -499,7 +524,7 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         program.model,
         tokenizer,
         slots=min(options.batch or _BATCH, len(named)),
-        context=context,
+        context=None if context is None else _room(named, context),
         kept=most_kept_by(program.model, (request for _, request in named)),
     )
     with jax.set_mesh(program.mesh):
@@ -538,6 +563,12 @@ def _text_requests(options: argparse.Namespace) -> Callable[[Tokenizer], list[Na
     if options.prompt_file is not None:
         text = decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
     return lambda tokenizer: [Named(1, to_request(tokenizer, text, defaults))]
+
+
+def _room(named: Sequence[Named], context: int) -> int:
+    """As much of a context as the prompts need; one of few numbers, as each compiles."""
+    most = max(len(request.prompt) + request.tokens for _, request in named)
+    return min(context, -(-most // _ROUNDED) * _ROUNDED)
 
 
 def _tell_room(
@@ -596,6 +627,63 @@ def _write_results(
         if output is not None:
             file.close()
             os.replace(partial, output)
+
+
+def _import(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff import config, interop
+    from seqeff.interop import hub
+    from seqeff.models.flops import parameter_count
+    from seqeff.runs import Origin, RunDirectory, write_atomically
+
+    run, directory = RunDirectory(options.run_dir), Path(options.source).absolute()
+    origin = str(directory)
+    if hub.is_name(options.source):
+        directory = hub.pull(options.source)
+        origin = f"{options.source.partition('@')[0]}@{directory.name}"
+    with interop.open_model(directory) as model, run.lock():
+        if run.exists():
+            raise UserError(f"{options.run_dir} holds a run already; choose another directory")
+        text = f"# imported from {origin}\n\n"
+        text += config.write(model.train_config(run))
+        with run.writing():
+            write_atomically(run.config, text)
+        model.write(run, Origin(text, config.load(run.config).operative))
+        count, length = parameter_count(model.config), model.length
+    shown = shlex.quote(_shown(run.path))
+    generate = f'  seqeff generate {shown} --prompt "The "'
+    evaluate = (
+        f"  seqeff eval {shown} --gin.Data.validation='@TextFiles()' "
+        "--gin.TextFiles.paths=\"('FILE',)\""
+    )
+    if length > _USUAL_ROW:
+        # rows of the whole length would often not fit
+        evaluate += f" --gin.Data.sequence_length={_USUAL_ROW}"
+    print(
+        f"{count:,} parameters, rows of {length:,} tokens\n"
+        f"run directory: {_shown(run.path)}\nnext:\n{generate}\n{evaluate}"
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff import interop
+    from seqeff.interop import hub
+
+    run, config, tokenizer = _open(options, ())
+    output = options.output or run.path / options.to
+    family = interop.export_model(
+        run,
+        config.model,
+        config.data.sequence_length,
+        tokenizer,
+        output,
+        checkpoint=options.checkpoint,
+        dtype=options.dtype,
+    )
+    print(f"{family.architecture}: {_shown(output.absolute())}")
+    if options.push is not None:
+        print(hub.push(output, options.push))
+    return 0
 
 
 def _info(options: argparse.Namespace, _: Sequence[str]) -> int:

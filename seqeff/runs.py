@@ -85,7 +85,7 @@ class RunDirectory:
         if not self.exists():
             raise UserError(
                 f"{self.path} is not a run directory: it has no {self.operative_config.name}; "
-                "give the directory that `seqeff train` printed"
+                "give the directory that `seqeff train` or `seqeff import` printed"
             )
         return self
 

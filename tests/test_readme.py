@@ -29,7 +29,7 @@ def test_the_tables_of_training_speed_are_the_measurements():
 
 def test_the_config_in_the_readme_loads(tmp_path):
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     configs = shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     (configs / "mine.gin").write_text(example)
     assert config.load(configs / "mine.gin").root.steps == 10_000

@@ -123,7 +123,7 @@ def _store(directory: Path, tokens: int, mean_length: int, shard_tokens: int) ->
         written += len(entries)
     part = writer.finish(content="", text_bytes=0)
     manifest = Manifest(
-        tokenizer="", end_of_text=0, dtype="uint16", source={}, holdout=0.0, parts={"train": part}
+        tokenizer="", begin_of_text=0, dtype="uint16", source={}, holdout=0.0, parts={"train": part}
     )
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return TokenStore(directory, "train")

@@ -34,6 +34,7 @@ from seqeff.config.builder import Builder, cleared_gin
 from seqeff.config.modules import Classes
 from seqeff.config.overrides import on_one_line, split_overrides
 from seqeff.config.reader import ALIASES, Reader
+from seqeff.config.writer import Writer
 
 __all__ = [
     "ALIASES",
@@ -41,6 +42,7 @@ __all__ = [
     "LoadedConfig",
     "load",
     "split_overrides",
+    "write",
 ]
 
 PACKAGES = (
@@ -101,9 +103,7 @@ def load(
     Raises:
       ConfigError: begins with the file and line, or the override, at fault.
     """
-    classes = Classes()
-    for package in PACKAGES:
-        classes.add_package(package)
+    classes = _classes()
     reader = Reader(classes, Path(path), module_paths)
     before = [] if earlier is None else reader.earlier_overrides(Path(earlier))
     for override in overrides:
@@ -124,3 +124,19 @@ def load(
         macros=builder.macros,
         modules=reader.modules,
     )
+
+
+def write(config: Any) -> str:
+    """The gin file of a config: `load` gives an equal one back.
+
+    Args:
+      config: of classes that a gin file can name without an import.
+    """
+    return Writer(_classes()).text(config)
+
+
+def _classes() -> Classes:
+    classes = Classes()
+    for package in PACKAGES:
+        classes.add_package(package)
+    return classes

@@ -4,13 +4,20 @@ from seqeff.data.batch import Batch
 from seqeff.data.batches import Batches, EvaluationBatches
 from seqeff.data.build import Stores, build_store
 from seqeff.data.builtin import BuiltinText
-from seqeff.data.data import Data, PreparedData, prepare, prepare_validation
+from seqeff.data.data import (
+    Data,
+    PreparedData,
+    fingerprint_without_documents,
+    prepare,
+    prepare_validation,
+)
 from seqeff.data.document import Document, Source
 from seqeff.data.loader import Loader, place
 from seqeff.data.sources import (
     HuggingFaceDataset,
     JsonlFiles,
     Mixture,
+    NoText,
     ParquetFiles,
     TextFiles,
 )
@@ -30,6 +37,7 @@ __all__ = [
     "Loader",
     "Manifest",
     "Mixture",
+    "NoText",
     "ParquetFiles",
     "PreparedData",
     "Source",
@@ -43,6 +51,7 @@ __all__ = [
     "TrainBPE",
     "Vocabulary",
     "build_store",
+    "fingerprint_without_documents",
     "place",
     "prepare",
     "prepare_validation",

@@ -30,13 +30,13 @@ class Batch(NamedTuple):
 
 
 class BatchBuilder:
-    """A batch that is padding until its rows are filled. Padding is the end of text, weight 0."""
+    """A batch that is padding until its rows are filled. Padding has weight 0."""
 
-    def __init__(self, rows: int, length: int, end_of_text: int, separate_documents: bool) -> None:
-        """Starts with `rows` rows of `length` positions."""
+    def __init__(self, rows: int, length: int, padding: int, separate_documents: bool) -> None:
+        """Starts with `rows` rows of `length` positions, filled with the id `padding`."""
         shape = rows, length
-        self._tokens = np.full(shape, end_of_text, np.int32)
-        self._targets = np.full(shape, end_of_text, np.int32)
+        self._tokens = np.full(shape, padding, np.int32)
+        self._targets = np.full(shape, padding, np.int32)
         self._weights = np.zeros(shape, np.float32)
         self._document_start = np.zeros(shape, np.int32) if separate_documents else None
 

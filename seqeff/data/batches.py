@@ -89,9 +89,9 @@ class Batches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """The rows `[start, stop)` of a step's batch."""
-        end_of_text = self._orders[0].store.end_of_text
+        begin_of_text = self._orders[0].store.begin_of_text
         batch = BatchBuilder(
-            stop - start, self.sequence_length, end_of_text, self._separate_documents
+            stop - start, self.sequence_length, begin_of_text, self._separate_documents
         )
         source, index = self._locate(step, start, stop)
         for number, order in enumerate(self._orders):
@@ -171,9 +171,9 @@ class EvaluationBatches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """The rows `[start, stop)` of a step's batch; beyond the last step all is padding."""
-        end_of_text = self._stores[0].end_of_text
+        begin_of_text = self._stores[0].begin_of_text
         batch = BatchBuilder(
-            stop - start, self.sequence_length, end_of_text, self._separate_documents
+            stop - start, self.sequence_length, begin_of_text, self._separate_documents
         )
         row = step * self.batch_size + np.arange(start, stop)
         for store, rows, first in zip(self._stores, self._rows, self._first[:-1], strict=True):

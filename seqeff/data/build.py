@@ -71,11 +71,11 @@ def is_held_out(document: Document, holdout: float) -> bool:
 class PartWriter:
     """Writes one part of a store, in groups of documents."""
 
-    def __init__(self, directory: Path, dtype: str, end_of_text: int, shard_tokens: int) -> None:
+    def __init__(self, directory: Path, dtype: str, begin_of_text: int, shard_tokens: int) -> None:
         """Starts a part in a new directory; a shard is closed before it exceeds `shard_tokens`."""
         self._directory = directory
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._end_of_text = np.array([end_of_text], self._dtype)
+        self._begin_of_text = np.array([begin_of_text], self._dtype)
         self._shard_tokens = shard_tokens
         self._shards: list[Shard] = []
         self._lengths: list[np.ndarray] = []
@@ -93,7 +93,7 @@ class PartWriter:
         """Adds documents to one shard.
 
         Args:
-          tokens: the documents one after the other, each opened by the end of text.
+          tokens: the documents one after the other, each opened by the begin of text.
           lengths: entries of each document.
           prompt_lengths: tokens of each document's prompt.
         """
@@ -131,7 +131,7 @@ class PartWriter:
 
     def _close_shard(self) -> None:
         with writing_to(self._directory):
-            self._write(self._end_of_text)
+            self._write(self._begin_of_text)
         self._shards.append(Shard(self._open_name, self._open_documents, self._open_tokens))
         self._open_tokens = self._open_documents = 0
 
@@ -161,7 +161,7 @@ def _build(directory: Path, source: Source, tokenizer: Tokenizer, holdout: float
         )
     manifest = Manifest(
         tokenizer=tokenizer.fingerprint,
-        end_of_text=tokenizer.end_of_text,
+        begin_of_text=tokenizer.begin_of_text,
         dtype=token_dtype(tokenizer.vocabulary_size),
         source=source.fingerprint(),
         holdout=holdout,
@@ -195,7 +195,7 @@ class _PartBuilder:
 
     def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
         dtype = token_dtype(tokenizer.vocabulary_size)
-        self._writer = PartWriter(directory, dtype, tokenizer.end_of_text, SHARD_TOKENS)
+        self._writer = PartWriter(directory, dtype, tokenizer.begin_of_text, SHARD_TOKENS)
         self._tokenizer = tokenizer
         self._content = hashlib.sha256()
         self._bytes = 0
@@ -223,12 +223,13 @@ class _PartBuilder:
     def _encode(self) -> None:
         texts = self._tokenizer.encode_batch([document.text for document in self._pending])
         prompts = self._tokenizer.encode_batch([document.prompt for document in self._pending])
-        opening = (self._tokenizer.end_of_text,)
-        lengths = [1 + len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
-        entries = itertools.chain.from_iterable(
-            itertools.chain(opening, prompt, text)
+        opening, closing = (self._tokenizer.begin_of_text,), self._tokenizer.document_ends
+        documents = [
+            [*opening, *prompt, *text, *closing]
             for prompt, text in zip(prompts, texts, strict=True)
-        )
+        ]
+        lengths = [len(document) for document in documents]
+        entries = itertools.chain.from_iterable(documents)
         self._writer.append(
             np.fromiter(entries, np.int64, sum(lengths)),
             np.array(lengths, np.int32),

@@ -73,7 +73,8 @@ class PreparedData(NamedTuple):
       train: the endless stream of training batches.
       validation: one pass over the validation documents, or None.
       train_stores, validation_stores: the tokenised text, one a source.
-      fingerprint: JSON with the hashes of the tokenizer and of each store's documents.
+      fingerprint: JSON with the hashes of the tokenizer and of each store's documents; see
+        `fingerprint_without_documents`.
     """
 
     tokenizer: Tokenizer
@@ -131,6 +132,11 @@ def prepare(
         validation_stores=validation,
         fingerprint=found,
     )
+
+
+def fingerprint_without_documents(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run that was not trained here has for `PreparedData.fingerprint`."""
+    return {"tokenizer": tokenizer.fingerprint, "train": None, "validation": None}
 
 
 def prepare_validation(
@@ -211,7 +217,8 @@ def _compare(run: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         "validation": "the validation documents differ from those",
     }
     for name, value in found.items():
-        if run.get(name) != value:
+        # the null of an imported run goes with any documents
+        if run.get(name, "") not in (value, None):
             raise UserError(
                 f"{subjects[name]} that the run was started with; restore them, or start a new run"
             )

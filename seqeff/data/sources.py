@@ -207,6 +207,24 @@ class Mixture:
         return {"kind": "Mixture", "sources": [source.fingerprint() for source in self.sources]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoText:
+    """The source of an imported run: its documents are not known."""
+
+    def documents(self) -> Iterator[Document]:
+        raise self._refusal()
+
+    def fingerprint(self) -> dict[str, Any]:
+        raise self._refusal()
+
+    def _refusal(self) -> UserError:
+        return UserError(
+            "Data.source = NoText: an imported model comes without documents; to score it, add "
+            "--gin.Data.validation='@TextFiles()' --gin.TextFiles.paths=\"('FILE',)\"; to train "
+            "it, begin a run with Train.parent"
+        )
+
+
 def _require_paths(source: TextFiles | JsonlFiles | ParquetFiles) -> None:
     name = type(source).__name__
     require(len(source.paths) > 0, f"{name}.paths is empty; give at least one file or pattern")

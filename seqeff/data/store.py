@@ -3,8 +3,9 @@
 A store directory holds `manifest.json` and a folder a part (`train`, and `validation` if some
 documents are held out). A part holds shards of little-endian unsigned integers, `lengths.npy` with
 the length of every document, and `prompts.npy` with the lengths of prompts if there are any.
-Each document is stored as `[end_of_text] + tokens`, and each shard closes with one more
-`end_of_text`, so that the entry after any entry of a document is its target.
+Each document is stored as `[begin_of_text] + tokens`, with the end of text as its last token where
+that is another id, and each shard closes with one more `begin_of_text`, so that the entry after any
+entry of a document is its target.
 
 Opening compares the sizes of files with the manifest and hashes nothing: a store appears by one
 rename of files that were already flushed, so it is whole, and a hash would read all of a large
@@ -22,7 +23,7 @@ from jaxtyping import Int32, Int64, UInt
 
 from seqeff.checks import UserError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
 PROMPTS = "prompts.npy"
@@ -67,7 +68,7 @@ class Manifest(NamedTuple):
 
     Attributes:
       tokenizer: fingerprint of the tokenizer.
-      end_of_text: its id that opens every document.
+      begin_of_text: its id that opens every document.
       dtype: of the shards, `"uint16"` or `"uint32"`.
       source: fingerprint of the source.
       holdout: the share of documents that was asked for validation.
@@ -75,7 +76,7 @@ class Manifest(NamedTuple):
     """
 
     tokenizer: str
-    end_of_text: int
+    begin_of_text: int
     dtype: str
     source: dict[str, Any]
     holdout: float
@@ -151,12 +152,12 @@ class TokenStore:
         self.prompt_lengths = self._read(PROMPTS) if self.part.prompts else None
 
     @property
-    def end_of_text(self) -> int:
+    def begin_of_text(self) -> int:
         """The id that opens every document."""
-        return self.manifest.end_of_text
+        return self.manifest.begin_of_text
 
     def document(self, index: int) -> UInt[np.ndarray, " length"]:
-        """The tokens of a document, prompt included, end of text excluded."""
+        """The tokens of a document, prompt included, without the one that opens it."""
         shard = int(np.searchsorted(self.shard_starts, self.starts[index], side="right")) - 1
         begin = int(self.starts[index] - self.shard_starts[shard])
         return self.shards[shard][begin + 1 : begin + int(self.lengths[index])]

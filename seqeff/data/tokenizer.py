@@ -57,13 +57,16 @@ class Tokenizer:
     letters. No token is added at either end.
 
     Attributes:
-      end_of_text: the id that opens every document of the token stream.
+      end_of_text: the id that ends a text.
       end_of_text_name: how the vocabulary spells it.
+      begin_of_text: the id that opens every document of the token stream: the one that the
+        `tokenizer.json` itself puts before a text (Llama), else `end_of_text`.
       fingerprint: SHA-256 of the tokenizer's canonical JSON and `end_of_text`.
     """
 
     end_of_text: int
     end_of_text_name: str
+    begin_of_text: int
     fingerprint: str
 
     def __init__(self, inner: tokenizers.Tokenizer, end_of_text: str) -> None:
@@ -74,6 +77,9 @@ class Tokenizer:
         self._inner = inner
         self.end_of_text_name = end_of_text
         self.end_of_text = _required_id(inner, end_of_text)
+        # what is added to nothing
+        added = inner.encode("", add_special_tokens=True).ids
+        self.begin_of_text = added[0] if len(added) == 1 else self.end_of_text
         self._settings: dict[str, Any] = json.loads(inner.to_str())
         identity = canonical_json([self._settings, self.end_of_text])
         self.fingerprint = hashlib.sha256(identity).hexdigest()
@@ -128,6 +134,11 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes, perhaps of a part of a character, that an id adds to a text."""
         return self._token_bytes[token]
+
+    @property
+    def document_ends(self) -> tuple[int, ...]:
+        """What closes every document of the token stream; nothing where one id begins and ends."""
+        return () if self.begin_of_text == self.end_of_text else (self.end_of_text,)
 
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json`, and `tokenizer_config.json` which names the end of text."""

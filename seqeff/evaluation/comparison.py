@@ -40,7 +40,7 @@ def read_books(tokenizer: Tokenizer, files: Sequence[Path]) -> list[Book]:
         text = decode_utf8(read_bytes(file), str(file))
         if not text:
             raise UserError(f"{file} is empty; leave it out")
-        ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
+        ids = [tokenizer.begin_of_text, *tokenizer.encode(text)]
         books.append(Book(file.name, np.asarray(ids, np.int32)))
     return books
 

@@ -27,7 +27,7 @@ class Named(NamedTuple):
 
 
 def to_request(tokenizer: Tokenizer, prompt: str, defaults: Request) -> Request:
-    """The request of a prompt's text, which follows the end of an earlier one.
+    """The request of a prompt's text, which begins a document.
 
     Raises:
       UserError: the prompt is no valid text.
@@ -36,7 +36,9 @@ def to_request(tokenizer: Tokenizer, prompt: str, defaults: Request) -> Request:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid text: {error}") from error
-    return dataclasses.replace(defaults, prompt=[tokenizer.end_of_text, *tokenizer.encode(prompt)])
+    return dataclasses.replace(
+        defaults, prompt=[tokenizer.begin_of_text, *tokenizer.encode(prompt)]
+    )
 
 
 def read_requests(path: str, tokenizer: Tokenizer, defaults: Request) -> list[Named]:

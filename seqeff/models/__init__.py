@@ -17,6 +17,7 @@ from seqeff.models.norms import LayerNorm, RMSNorm
 from seqeff.models.parameters import parameter_shardings
 from seqeff.models.positions import BilevelPositions, LearnedPositions, NoPositions, Rotary
 from seqeff.models.projections import HeadProjections
+from seqeff.models.rotary_scaling import LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling
 from seqeff.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
@@ -30,15 +31,19 @@ __all__ = [
     "HeadProjections",
     "LayerNorm",
     "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
     "LowRankLinear",
     "NoPositions",
     "NormalInitialisation",
     "RMSNorm",
     "Rotary",
+    "RotaryScaling",
     "SeparatorAttention",
     "SmallInitialisation",
     "Transformer",
     "TransformerConfig",
+    "YarnScaling",
     "cached_parameters",
     "cross_entropy_sums",
     "emptied_rows",

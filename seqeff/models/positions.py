@@ -16,12 +16,16 @@ from jaxtyping import Array, Float, Int
 
 from seqeff.checks import check_types, require
 from seqeff.models import parameters, separator_tokens
+from seqeff.models.rotary_scaling import RotaryScaling
 
 _STEPS = 2.0**32  # of a turn
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every position's angles, float32 [batch, rows, 1, rotated / 2]."""
+    """Cosine and sine of every position's angles, float32 [batch, rows, 1, rotated / 2].
+
+    Both times what rotated dimensions are stretched by (`RotaryScaling.stretch`).
+    """
 
     cosine: Float[Array, "batch rows 1 pairs"]
     sine: Float[Array, "batch rows 1 pairs"]
@@ -76,8 +80,14 @@ class Positions(Protocol):
         """Whether heads are rotated by a token's place in its row, so that they can be turned."""
         ...
 
-    def rotation(self, positions: Int[Array, "batch rows"], head_dim: int) -> Rotation | None:
-        """What `rotate` needs, computed once for all layers; None when nothing is rotated."""
+    def rotation(
+        self, positions: Int[Array, "batch rows"], head_dim: int, *, further: bool = False
+    ) -> Rotation | None:
+        """What `rotate` needs, computed once for all layers; None when nothing is rotated.
+
+        Args:
+          further: for heads that are rotated already, which keep their length.
+        """
         ...
 
     def rotate(
@@ -117,7 +127,9 @@ class NoPositions:
     def by_place(self) -> bool:
         return False
 
-    def rotation(self, positions: Int[Array, "batch rows"], head_dim: int) -> Rotation | None:
+    def rotation(
+        self, positions: Int[Array, "batch rows"], head_dim: int, *, further: bool = False
+    ) -> Rotation | None:
         return None
 
     def rotate(
@@ -150,12 +162,14 @@ class Rotary(NoPositions):
 
     `fraction` of the head's dimensions, the first ones, are rotated (Pythia: 0.25). Pairs are
     dimensions j and j + rotated / 2 ("half", GPT-NeoX and Llama) or 2j and 2j + 1 ("interleaved",
-    GPT-J). Source: Su et al. 2021, section 3.2.
+    GPT-J). `scaling` slows the angles down for rows longer than the model began with. Source: Su et
+    al. 2021, section 3.2.
     """
 
     base: float = 10_000.0
     fraction: float = 1.0
     pairs: Literal["half", "interleaved"] = "half"
+    scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -167,7 +181,9 @@ class Rotary(NoPositions):
     def by_place(self) -> bool:
         return True
 
-    def rotation(self, positions: Int[Array, "batch rows"], head_dim: int) -> Rotation:
+    def rotation(
+        self, positions: Int[Array, "batch rows"], head_dim: int, *, further: bool = False
+    ) -> Rotation:
         rotated = int(head_dim * self.fraction)
         require(
             rotated % 2 == 0 and rotated > 0,
@@ -175,6 +191,8 @@ class Rotary(NoPositions):
             f"{rotated} dimensions; an even number is needed",
         )
         turns = self.base ** (-np.arange(0, rotated, 2) / rotated) / (2 * math.pi)
+        if self.scaling is not None:
+            turns = self.scaling.scale(turns)
         # in 2**-32 of a turn, whole turns fall off an integer product: float32 would have lost the
         # angle of a large position
         steps = np.round(turns * _STEPS)
@@ -183,7 +201,8 @@ class Rotary(NoPositions):
         product = at.astype(jnp.uint32) * jnp.asarray(steps, jnp.uint32)
         product = jax.lax.bitcast_convert_type(product, jnp.int32).astype(jnp.float32)
         angles = (product + at.astype(jnp.float32) * rest) * (2 * math.pi / _STEPS)
-        return Rotation(jnp.cos(angles), jnp.sin(angles))
+        stretch = 1.0 if self.scaling is None or further else self.scaling.stretch
+        return Rotation(stretch * jnp.cos(angles), stretch * jnp.sin(angles))
 
     def rotate(
         self, x: Float[Array, "batch rows heads head_dim"], rotation: Rotation

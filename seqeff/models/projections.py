@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from seqeff.checks import check_types, require
 from seqeff.models.initialisation import Initialisation
 from seqeff.models.linear import DenseLinear, Linear
+from seqeff.models.norms import Norm
 from seqeff.models.parameters import constrain
 
 
@@ -19,7 +20,8 @@ from seqeff.models.parameters import constrain
 class HeadProjections:
     """Multi-head, grouped-query (`kv_heads` < `heads`) or multi-query (`kv_heads` = 1) projections.
 
-    `kv_heads` defaults to `heads`, `head_dim` to width / heads.
+    `kv_heads` defaults to `heads`, `head_dim` to width / heads. `head_norm` normalises each head of
+    queries and keys before it is rotated (Qwen3).
     """
 
     heads: int
@@ -27,6 +29,7 @@ class HeadProjections:
     head_dim: int | None = None
     bias: bool = True
     output_bias: bool | None = None
+    head_norm: Norm | None = None
     query: Linear = DenseLinear()
     key: Linear = DenseLinear()
     value: Linear = DenseLinear()
@@ -88,6 +91,9 @@ class HeadProjectionsLayer(nnx.Module):
         self.query = reader(config.query, config.heads)
         self.key = reader(config.key, config.groups())
         self.value = reader(config.value, config.groups())
+        norm = config.head_norm
+        self.query_norm = None if norm is None else norm.make(self.head_dim)
+        self.key_norm = None if norm is None else norm.make(self.head_dim)
         self.output = config.output.make(
             config.heads * self.head_dim,
             width,
@@ -106,11 +112,15 @@ class HeadProjectionsLayer(nnx.Module):
     ]:
         """Queries, keys and values of every row."""
 
-        def heads(projected: jax.Array) -> jax.Array:
+        def heads(projected: jax.Array, norm: nnx.Module | None) -> jax.Array:
             shaped = projected.reshape(*projected.shape[:-1], -1, self.head_dim)
-            return constrain(shaped, None, "tensor", None)
+            return constrain(shaped if norm is None else norm(shaped), None, "tensor", None)
 
-        return heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        return (
+            heads(self.query(x), self.query_norm),
+            heads(self.key(x), self.key_norm),
+            heads(self.value(x), None),
+        )
 
     def merge(
         self, attended: Float[Array, "batch rows heads head_dim"]

@@ -178,7 +178,7 @@ class Layer(nnx.Module):
         positions, head_dim = self.config.positions, queries.shape[-1]
 
         def turn(x: jax.Array, by: jax.Array) -> jax.Array:
-            further = positions.rotation(by, head_dim)
+            further = positions.rotation(by, head_dim, further=True)
             assert further is not None
             return positions.rotate(x, further)
 

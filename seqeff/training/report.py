@@ -100,7 +100,7 @@ class Report:
         if self._engine is None:
             context = config.data.sequence_length
             self._engine = Engine(self._program.model, tokenizer, context=context)
-        prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)]
+        prompt = [tokenizer.begin_of_text, *tokenizer.encode(config.sample_prompt)]
         prompt = prompt[: config.data.sequence_length // 2]
         request = Request(prompt=prompt, tokens=config.sample_tokens, sampling=config.sampling)
         pieces = self._engine.stream(state["parameters"], [request])

@@ -77,7 +77,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenS
             first += length
         manifest = Manifest(
             tokenizer="tokenizer",
-            end_of_text=0,
+            begin_of_text=0,
             dtype="uint32",
             source={},
             holdout=0.0,

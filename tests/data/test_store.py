@@ -10,12 +10,14 @@ import threading
 
 import numpy as np
 import pytest
+import tokenizers
 
 import seqeff.data.build
 from seqeff.checks import UserError
 from seqeff.data.build import build_store, is_held_out
 from seqeff.data.document import Document
 from seqeff.data.store import TokenStore
+from seqeff.data.tokenizer import Tokenizer
 
 _TOKENISE_IN_VAIN = """
 import sys, time, pathlib
@@ -99,6 +101,24 @@ def test_a_store_holds_every_document(
         begin = start - store.shard_starts[shard]
         assert store.shards[shard][begin] == tokenizer.end_of_text
         assert store.shards[shard][begin + store.lengths[index]] == tokenizer.end_of_text
+
+
+def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, counting_source, tokenizer):
+    inner = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
+    inner.add_special_tokens(["<s>"])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 300)]
+    )
+    llama_like = Tokenizer(inner, tokenizer.end_of_text_name)
+    source = counting_source(["ab", "c"], prompts=["p", ""])
+    store = build_store(source, llama_like, tmp_path).train
+    end, begin = tokenizer.end_of_text, 300
+    prompt, first, second = map(tokenizer.encode, ("p", "ab", "c"))
+    documents = [[begin, *prompt, *first, end], [begin, *second, end]]
+    assert store.begin_of_text == begin
+    assert store.shards[0].tolist() == [*documents[0], *documents[1], begin]
+    assert store.lengths.tolist() == list(map(len, documents))
+    assert store.prompt_lengths.tolist() == [len(prompt), 0]
 
 
 def test_prompts_are_kept_apart(tmp_path, counting_source, tokenizer):

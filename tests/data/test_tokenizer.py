@@ -49,6 +49,29 @@ def test_special_tokens_come_from_nowhere_and_weigh_nothing(tokenizer):
     assert tokenizer.decode([tokenizer.end_of_text, *tokenizer.encode("a")]) == "a"
 
 
+def beginning(tokenizer, name):
+    """The same tokenizer, which puts a token before every text."""
+    inner = tokenizers.Tokenizer.from_str(tokenizer._inner.to_str())
+    inner.add_special_tokens([name])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{name} $A", special_tokens=[(name, inner.token_to_id(name))]
+    )
+    return Tokenizer(inner, tokenizer.end_of_text_name)
+
+
+def test_a_text_begins_as_the_tokenizer_says(tokenizer):
+    assert tokenizer.begin_of_text == tokenizer.end_of_text
+    assert tokenizer.document_ends == ()
+    other = beginning(tokenizer, "<s>")
+    assert other.begin_of_text == 300
+    assert other.end_of_text == tokenizer.end_of_text
+    assert other.document_ends == (tokenizer.end_of_text,)
+    assert other.encode("a") == tokenizer.encode("a")
+    assert other.byte_lengths()[300] == 0
+    same = beginning(tokenizer, tokenizer.end_of_text_name)
+    assert same.document_ends == ()
+
+
 def test_the_vocabulary_is_the_text_of_each_id(tokenizer):
     vocabulary = tokenizer.vocabulary()
     assert len(vocabulary) == tokenizer.vocabulary_size == 300

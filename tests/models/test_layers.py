@@ -98,6 +98,19 @@ def test_heads_of_one_key_head_are_adjacent():
     np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_norm_is_of_queries_and_keys_alone():
+    config = HeadProjections(heads=4, kv_heads=2, head_norm=RMSNorm(epsilon=0.5))
+    layer, state = made(config, 8, 2, NormalInitialisation())
+    bare, _ = made(HeadProjections(heads=4, kv_heads=2), 8, 2, NormalInitialisation())
+    nnx.update(bare, {name: state[name] for name in ("query", "key", "value", "output")})
+    actual, projected = layer.split(X), bare.split(X)
+    for part, name in enumerate(("query_norm", "key_norm")):
+        square = np.square(projected[part]).mean(-1, keepdims=True)
+        expected = projected[part] / np.sqrt(square + 0.5) * state[name]["scale"]
+        np.testing.assert_allclose(actual[part], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(actual[2], projected[2])
+
+
 @pytest.mark.parametrize(("bias", "output_bias"), [(True, None), (False, None), (False, True)])
 def test_biases_are_where_they_are_asked_for(bias, output_bias):
     config = HeadProjections(heads=2, bias=bias, output_bias=output_bias)

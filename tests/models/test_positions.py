@@ -14,8 +14,11 @@ from seqeff.models import (
     BilevelPositions,
     HeadProjections,
     LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
     NoPositions,
     Rotary,
+    YarnScaling,
     empty_cache,
 )
 
@@ -47,6 +50,43 @@ def test_rotation_is_that_of_complex_numbers(pairs, head_dim, fraction, rotated)
         np.testing.assert_array_equal(actual[..., rotated:], x[..., rotated:])
     assert rotary.rotate(x.astype(jnp.bfloat16), rotary.rotation(positions, head_dim)).dtype == (
         jnp.bfloat16
+    )
+
+
+def test_linear_scaling_is_interpolation():
+    at = np.arange(0, 63, 3)[None]
+    scaled = Rotary(scaling=LinearScaling(factor=3.0)).rotation(at, 8)
+    for actual, expected in zip(scaled, Rotary().rotation(at // 3, 8), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_scaling_of_llama_3_leaves_fast_pairs_alone_and_slows_slow_ones():
+    scaling = Llama3Scaling(
+        factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=100
+    )
+    # in 100 tokens: 0.5 and 1 turns are slow, 4 and 10 fast, 2.5 half way between
+    turns = np.array([0.005, 0.01, 0.025, 0.04, 0.1])
+    expected = [0.005 / 8, 0.01 / 8, (0.025 / 8 + 0.025) / 2, 0.04, 0.1]
+    np.testing.assert_allclose(scaling.scale(turns), expected)
+
+
+def test_yarn_slows_the_last_pairs_and_stretches_once():
+    scaling = YarnScaling(factor=4.0, original_length=1000, fast=100.0, slow=10.0)
+    # in 1000 tokens these make 400, 200, 100, 50, 25, 12.5 and 6.25 turns: the ramp is from the
+    # pair of 100 to the one after that of 12.5
+    turns = 0.4 * 0.5 ** np.arange(7)
+    slowed = np.array([0, 0, 0, 1 / 4, 2 / 4, 3 / 4, 1])
+    np.testing.assert_allclose(scaling.scale(turns), turns * (1 - slowed) + turns / 4 * slowed)
+    rotary = Rotary(scaling=scaling)
+    x = np.random.default_rng(0).normal(size=(1, 5, 2, 8)).astype(np.float32)
+    first, second = np.array([[3, 70, 400, 9, 0]]), np.array([[-3, 5, -390, 0, 7]])
+    once = rotary.rotate(x, rotary.rotation(first, 8))
+    lengths = np.linalg.norm(once, axis=-1) / np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(lengths, 1 + np.log(4) / 10, rtol=1e-5)
+    np.testing.assert_allclose(
+        rotary.rotate(once, rotary.rotation(second, 8, further=True)),
+        rotary.rotate(x, rotary.rotation(first + second, 8)),
+        atol=1e-5,
     )
 
 
@@ -152,6 +192,24 @@ def test_a_row_longer_than_the_learned_positions():
         (lambda: Rotary(fraction=0.0), r"Rotary.fraction = 0.0 must be in \(0, 1\]"),
         (lambda: Rotary(fraction=1.5), r"Rotary.fraction = 1.5 must be in"),
         (lambda: Rotary(pairs="both"), r"Rotary.pairs = 'both' is of type str; give 'half' or"),
+        (lambda: LinearScaling(factor=0.0), r"LinearScaling.factor = 0.0 must be positive"),
+        (
+            lambda: Llama3Scaling(
+                factor=8.0,
+                low_frequency_factor=4.0,
+                high_frequency_factor=4.0,
+                original_length=100,
+            ),
+            r"Llama3Scaling.low_frequency_factor = 4.0 must be positive and below",
+        ),
+        (
+            lambda: YarnScaling(factor=0.5, original_length=9),
+            r"YarnScaling.factor = 0.5 must be at least 1",
+        ),
+        (
+            lambda: YarnScaling(factor=2.0, original_length=9, slow=33.0),
+            r"YarnScaling.slow = 33.0 must be positive and below fast = 32.0",
+        ),
         (lambda: LearnedPositions(length=0), r"LearnedPositions.length = 0 must be at least 1"),
         (
             lambda: small_config(positions=Rotary(fraction=0.4)),

@@ -1,0 +1,202 @@
+"""A run's model as a directory that `transformers` loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqeff.checks import UserError, flatten, writing
+from seqeff.data import Tokenizer
+from seqeff.interop.families import FAMILIES
+from seqeff.interop.family import Family
+from seqeff.interop.settings import Settings
+from seqeff.interop.tensors import nested, parameter_shapes, placements, without_place
+from seqeff.interop.tokenizer_files import (
+    SETTINGS,
+    copy_tokenizer,
+    tokenizer_settings,
+)
+from seqeff.interop.weights import some, write_weights
+from seqeff.models import TransformerConfig
+from seqeff.runs import RunDirectory
+from seqeff.training.checkpoints import CheckpointStore
+
+_PARAMETER = np.dtype(np.float32)
+DTYPES: dict[str, np.dtype] = {
+    "float32": _PARAMETER,
+    "bfloat16": np.dtype(jnp.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+"""Types that weights can be written in."""
+
+
+def export_model(
+    run: RunDirectory,
+    config: TransformerConfig,
+    length: int,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    checkpoint: int | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = 5 * 10**9,
+) -> Family:
+    """Writes the model of a run, complete or not at all: config, weights, tokenizer.
+
+    Args:
+      config: of the run's model.
+      length: of its rows.
+      output: the directory to make.
+      checkpoint: step of the parameters; None: the last.
+      dtype: of the weights, one of `DTYPES`; only float32 loses nothing.
+      shard_bytes: of the largest file of weights.
+
+    Returns:
+      The family that it was written as.
+
+    Raises:
+      UserError: no family of `transformers` can express the model, the checkpoint cannot be read,
+        or the directory is there already or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; give another --output")
+    family, settings = _expressed(config, run)
+    shapes = parameter_shapes(config)
+    parameters = _parameters(run, shapes, checkpoint)
+    cast = DTYPES[dtype]
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    with writing(str(output), "or choose another --output"):
+        try:
+            partial.mkdir(parents=True)
+            length = config.positions.limit or length
+            settings |= {
+                family.length: length,
+                "torch_dtype": dtype,
+                "bos_token_id": tokenizer.begin_of_text,
+                "eos_token_id": tokenizer.end_of_text,
+            }
+            _write_json(partial / "config.json", settings)
+            _write_tokenizer(run, partial)
+            tensors = placements(family.tensors(config), shapes)
+            by_name = {tensor.theirs: tensor for tensor in tensors}
+            write_weights(
+                partial,
+                {tensor.theirs: math.prod(tensor.shape) * cast.itemsize for tensor in tensors},
+                lambda name: by_name[name].read(parameters).astype(cast, copy=False),
+                shard_bytes,
+            )
+            partial.rename(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return family
+
+
+def _expressed(config: TransformerConfig, run: RunDirectory) -> tuple[Family, dict[str, Any]]:
+    """The family that a model is of, and its settings.
+
+    Raises:
+      UserError: it is of none; says what keeps it from the one that comes nearest.
+    """
+    obstacles: dict[str, list[str]] = {}
+    shapes = parameter_shapes(config)
+    fitting: list[tuple[Family, dict[str, Any]]] = []
+    for family in FAMILIES:
+        settings = {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            **family.write(config),
+        }
+        found = [
+            *_differences(config, family, settings),
+            *(f"the tensor {name}" for name in without_place(family.tensors(config), shapes)),
+        ]
+        if found:
+            obstacles[family.architecture] = found
+        else:
+            fitting.append((family, settings))
+    if fitting:
+        return max(fitting, key=lambda fit: fit[0].activation == config.feed_forward.activation)
+    nearest = min(obstacles, key=lambda name: len(obstacles[name]))
+    raise UserError(
+        f"{run.path} is of no family of transformers ({', '.join(obstacles)}); the nearest, "
+        f"{nearest}, has no place for {', '.join(obstacles[nearest])}"
+    )
+
+
+def _differences(
+    config: TransformerConfig, family: Family, settings: Mapping[str, Any]
+) -> list[str]:
+    """The values of a model that its settings in a family do not give back."""
+    try:
+        back = family.read(Settings(settings, family.architecture))
+    except UserError as error:
+        return [str(error)]
+    wanted, found = flatten(_canonical(config)), flatten(_canonical(back))
+    values = [
+        f"{name} = {value}"
+        for name, value in wanted.items()
+        if name not in found or found[name] != value
+    ]
+    layers: dict[str, list[str]] = {}
+    for layer, (own, their) in enumerate(zip(config.attentions(), back.attentions(), strict=True)):
+        if own != their:
+            layers.setdefault(type(own).__name__, []).append(str(layer))
+    attentions = [f"{name} in layers {some(numbers)}" for name, numbers in layers.items()]
+    return [*attentions, *values]
+
+
+def _canonical(config: TransformerConfig) -> TransformerConfig:
+    """The same function of the parameters but for the attention, with defaults written out."""
+    heads = config.projections
+    return TransformerConfig(
+        vocabulary_size=config.vocabulary_size,
+        width=config.width,
+        layers=config.layers,
+        projections=dataclasses.replace(
+            heads,
+            kv_heads=heads.groups(),
+            head_dim=heads.size(config.width),
+            output_bias=heads.bias if heads.output_bias is None else heads.output_bias,
+        ),
+        feed_forward=config.feed_forward,
+        norm=config.norm,
+        positions=config.positions,
+        residual=config.residual,
+        tie_embeddings=config.tie_embeddings,
+    )
+
+
+def _parameters(
+    run: RunDirectory, shapes: Mapping[str, tuple[int, ...]], checkpoint: int | None
+) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint by dotted path."""
+    wanted = {path: jax.ShapeDtypeStruct(shape, _PARAMETER) for path, shape in shapes.items()}
+    with CheckpointStore(run.checkpoints) as store:
+        state, _ = store.restore(checkpoint, {"parameters": nested(wanted)}, partial=True)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state["parameters"])
+    }
+
+
+def _write_tokenizer(run: RunDirectory, directory: Path) -> None:
+    """Copies the tokenizer; tells `transformers` to take it as it is, unless it says a class."""
+    copy_tokenizer(run.tokenizer, directory)
+    settings = tokenizer_settings(directory)
+    if "tokenizer_class" not in settings:
+        settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+        _write_json(directory / SETTINGS, settings)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

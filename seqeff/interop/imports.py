@@ -1,0 +1,213 @@
+"""A Hugging Face directory as a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from seqeff.checks import ConfigError, UserError
+from seqeff.data import Data, NoText, Tokenizer, TokenizerFile, fingerprint_without_documents
+from seqeff.interop.families import FAMILIES
+from seqeff.interop.family import Family
+from seqeff.interop.settings import Settings
+from seqeff.interop.tensors import Placement, nested, parameter_shapes, placements
+from seqeff.interop.tokenizer_files import copy_tokenizer, tokenizer_directory
+from seqeff.interop.weights import WeightFiles, open_weights, some
+from seqeff.models import TransformerConfig
+from seqeff.runs import Origin, RunDirectory, write_atomically
+from seqeff.training import Train
+from seqeff.training.checkpoints import Checkpoints, CheckpointStore
+
+
+class HuggingFaceModel:
+    """A model of `transformers`, checked and not yet read; made by `open_model`.
+
+    Attributes:
+      config: the model.
+      length: positions that it was made for.
+      tokenizer: of it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        length: int,
+        tokenizer: Tokenizer,
+        tokenizer_directory: Path,
+        weights: WeightFiles,
+        placed: Mapping[str, Placement],
+    ) -> None:
+        """
+        Args:
+          tokenizer_directory: that the tokenizer was read from.
+          placed: every tensor of the model, by its name among the weights.
+        """
+        self.config, self.length, self.tokenizer = config, length, tokenizer
+        self._tokenizer_directory = tokenizer_directory
+        self._weights, self._placed = weights, placed
+
+    def train_config(self, run: RunDirectory) -> Train:
+        """The config of the run that it becomes: without documents, and without steps to take."""
+        return Train(
+            model=self.config,
+            data=Data(
+                source=NoText(),
+                tokenizer=TokenizerFile(path=str(run.tokenizer)),
+                sequence_length=self.length,
+                batch_size=1,
+            ),
+            steps=1,
+        )
+
+    def write(self, run: RunDirectory, origin: Origin) -> None:
+        """Writes the run directory, whose lock the caller holds.
+
+        Raises:
+          UserError: the disk is full or read-only.
+        """
+        with run.writing():
+            run.tokenizer.mkdir(exist_ok=True)
+            copy_tokenizer(self._tokenizer_directory, run.tokenizer)
+            fingerprint = fingerprint_without_documents(self.tokenizer)
+            write_atomically(run.data, json.dumps(fingerprint, indent=2) + "\n")
+        with CheckpointStore(run.checkpoints, Checkpoints()) as store:
+            # of an import that was interrupted, maybe of another model
+            store.discard_after(-1)
+            store.save(0, {"parameters": nested(self._read())}, {"tokens": 0})
+        run.begin(origin)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        shapes = parameter_shapes(self.config)
+        parameters = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+        for name, placement in self._placed.items():
+            placement.write(parameters, self._weights.read(name))
+        return parameters
+
+
+@contextlib.contextmanager
+def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
+    """A model, once all that can be wrong with it has been looked for. Touches no device.
+
+    Raises:
+      UserError: the directory cannot be read, its architecture is not known, a setting cannot be
+        expressed, tensors are missing, superfluous or of another shape, or the tokenizer is not
+        that of the model.
+    """
+    try:
+        names = {path.name for path in directory.iterdir()}
+    except OSError as error:
+        raise UserError(
+            f"cannot read {directory}: {error.strerror}; give the directory of a model"
+        ) from error
+    if "config.json" not in names:
+        raise UserError(f"{directory} holds no config.json; give the directory of a model")
+    settings = Settings.load(directory / "config.json")
+    family = _family(settings)
+    config = _model(settings, family)
+    length = settings.get(family.length, 2048)
+    with tokenizer_directory(directory) as tokenizer_from:
+        tokenizer = Tokenizer.load(tokenizer_from)
+        if tokenizer.vocabulary_size > config.vocabulary_size:
+            raise UserError(
+                f"the tokenizer in {directory} has {tokenizer.vocabulary_size} tokens, the "
+                f"vocab_size of config.json is {config.vocabulary_size}; give the tokenizer of "
+                "this model"
+            )
+        with open_weights(directory) as weights:
+            placed = _placed(directory, family, config, weights)
+            yield HuggingFaceModel(config, length, tokenizer, tokenizer_from, weights, placed)
+
+
+def _family(settings: Settings) -> Family:
+    named = settings.values.get("architectures")
+    named = named[0] if isinstance(named, list) and named else named
+    for family in FAMILIES:
+        if named == family.architecture:
+            return family
+    raise UserError(
+        f"{settings.place}: the architecture {named!r} is not supported; supported are "
+        + ", ".join(family.architecture for family in FAMILIES)
+    )
+
+
+def _model(settings: Settings, family: Family) -> TransformerConfig:
+    for name, reason in (
+        ("quantization_config", "quantized weights are not supported; give whole ones"),
+        ("auto_map", "code that comes with a model is never run; give a model without"),
+    ):
+        if settings.values.get(name):
+            raise UserError(f"{settings.place} has {name}: {reason}")
+    try:
+        return family.read(settings)
+    except ConfigError as error:
+        raise UserError(f"{settings.place}: {error}") from error
+
+
+def _placed(
+    directory: Path, family: Family, config: TransformerConfig, weights: WeightFiles
+) -> dict[str, Placement]:
+    """By its name among the weights, each tensor of the model.
+
+    Raises:
+      UserError: they do not match; names the tensors.
+    """
+    found: dict[str, Placement] = {}
+    missing, differing = [], []
+    for tensor in placements(family.tensors(config), parameter_shapes(config)):
+        name = next(iter(_present(tensor.names, family, weights)), None)
+        if name is None:
+            missing.append(tensor.theirs)
+            continue
+        found[name] = tensor
+        entry = weights.entries[name]
+        if entry.shape != tensor.shape or not entry.is_float:
+            wanted = f"floating-point numbers {list(tensor.shape)}"
+            differing.append(f"{name} is {entry.type} {list(entry.shape)} instead of {wanted}")
+    known = found.keys() | _copies_of_the_embedding(family, config, weights, found)
+    surplus = [
+        name
+        for name in sorted(weights.entries.keys() - known)
+        if not re.fullmatch(family.ignored, name)
+    ]
+    for what, names in (
+        ("do not fit config.json", differing),
+        ("lack tensors of the model", missing),
+        ("hold tensors that the model has no place for", surplus),
+    ):
+        if names:
+            raise UserError(f"the weights in {directory} {what}: {some(names)}")
+    return found
+
+
+def _present(names: tuple[str, ...], family: Family, weights: WeightFiles) -> list[str]:
+    """Which of a tensor's names are there, with or without the family's prefix."""
+    candidates = (*names, *(name.removeprefix(family.prefix) for name in names))
+    return [name for name in dict.fromkeys(candidates) if name in weights.entries]
+
+
+def _copies_of_the_embedding(
+    family: Family,
+    config: TransformerConfig,
+    weights: WeightFiles,
+    found: Mapping[str, Placement],
+) -> set[str]:
+    """Output heads that files hold although the model ties them to the embedding."""
+    embedding = [name for name, tensor in found.items() if tensor.ours == ("embedding",)]
+    heads = [
+        name
+        for tensor in family.tensors(config)
+        if tensor.ours == ("output_head",) and config.tie_embeddings
+        for name in _present((tensor.theirs, *tensor.aliases), family, weights)
+    ]
+    return {
+        head
+        for head in heads
+        for name in embedding
+        if weights.entries[head] == weights.entries[name]
+        and np.array_equal(weights.read(head), weights.read(name))
+    }

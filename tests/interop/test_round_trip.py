@@ -1,0 +1,172 @@
+"""Every variant out, in and out again; and what cannot go out."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from hugging_face import VOCABULARY, logits_of, make_run, model_of
+from safetensors.numpy import load_file
+from tiny_run import files_of, refused, seqeff
+from variants import VARIANTS, gpt_neox, learned, llama
+
+from seqeff.interop import export_model, open_model
+from seqeff.interop.families import FAMILIES
+from seqeff.models import (
+    DenseAttention,
+    FeedForward,
+    HeadProjections,
+    LowRankLinear,
+    RMSNorm,
+    SeparatorAttention,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 41))
+
+
+def done(*arguments):
+    result = seqeff(*arguments)
+    assert result.status == 0, result.errors
+    return result.output
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_out_and_in_is_the_same_model_and_out_again_the_same_bytes(variant, tmp_path):
+    architecture, model = VARIANTS[variant]
+    run = make_run(tmp_path / "run", model)
+    first, back, second = (tmp_path / name for name in ("first", "back", "second"))
+    assert architecture in done("export", run.path, "--to", "hf", "--output", first)
+    done("import", first, back)
+    np.testing.assert_array_equal(logits_of(back, TOKENS), logits_of(run.path, TOKENS))
+    done("export", back, "--to", "hf", "--output", second)
+    assert files_of(first) == files_of(second)
+
+
+def test_every_family_has_a_variant():
+    assert {name for name, _ in VARIANTS.values()} == {family.architecture for family in FAMILIES}
+
+
+def test_files_of_a_limited_size(tmp_path):
+    run = make_run(tmp_path / "run", llama())
+    with open_model(exported(run, tmp_path / "whole")) as whole:
+        config, tokenizer = whole.config, whole.tokenizer
+    parts = tmp_path / "parts"
+    export_model(run, config, 48, tokenizer, parts, shard_bytes=20_000)
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in parts.glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    # the embeddings alone are larger
+    assert sum(len(load_file(parts / file)) == 1 for file in files) >= 2
+    for name, file in index["weight_map"].items():
+        assert name in load_file(parts / file)
+    done("import", parts, tmp_path / "back")
+    np.testing.assert_array_equal(logits_of(tmp_path / "back", TOKENS), logits_of(run.path, TOKENS))
+
+
+def exported(run, folder):
+    done("export", run.path, "--to", "hf", "--output", folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_half_the_size(dtype, tmp_path):
+    run = make_run(tmp_path / "run", llama())
+    done("export", run.path, "--to", "hf", "--dtype", dtype)
+    done("import", run.path / "hf", tmp_path / "back")
+    model, parameters = model_of(tmp_path / "back")
+    assert model.dtype == "bfloat16"
+    for rounded, whole in zip(
+        jax.tree.leaves(parameters), jax.tree.leaves(model_of(run.path)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(rounded, whole.astype(dtype).astype("float32"))
+    done("export", tmp_path / "back", "--to", "hf", "--dtype", dtype)
+    assert files_of(tmp_path / "back/hf") == files_of(run.path / "hf")
+
+
+def test_what_is_written(tmp_path):
+    run = make_run(tmp_path / "run", learned("relu"))
+    output = done("export", run.path, "--to", "hf")
+    folder = run.path / "hf"
+    assert str(folder) in output
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        (folder / "config.json").stat().st_mode & 0o777
+    }
+    settings = json.loads((folder / "config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (0, 0)
+    positions = load_file(folder / "model.safetensors")["model.decoder.embed_positions.weight"]
+    assert not positions[:2].any()
+    np.testing.assert_array_equal(positions[2:], model_of(run.path)[1]["position_embedding"])
+    assert "exists already; give another --output" in refused("export", run.path, "--to", "hf")
+
+
+def low_rank():
+    return llama(
+        feed_forward=FeedForward(
+            hidden=20, activation="silu", gated=True, bias=False, up=LowRankLinear(rank=3)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            gpt_neox(attention=SeparatorAttention(separator_ids=(1, 2))),
+            "nearest, GPTNeoXForCausalLM, has no place for SeparatorAttention in layers 0, 1, 2",
+        ),
+        (
+            low_rank(),
+            "feed_forward.up = LowRankLinear, feed_forward.up.rank = 3, the tensor "
+            "layers.feed_forward.up.down, the tensor layers.feed_forward.up.up",
+        ),
+        (
+            llama(feed_forward=FeedForward(hidden=20, activation="silu")),
+            "feed_forward.gated = False",
+        ),
+        (
+            llama(layer_attention={0: DenseAttention(window=3), 1: DenseAttention(window=4)}),
+            "DenseAttention in layers",
+        ),
+        (
+            learned("relu", projections=HeadProjections(heads=3, head_norm=RMSNorm())),
+            "the tensor layers.projections.key_norm.scale",
+        ),
+    ],
+)
+def test_what_no_family_can_express_is_named(model, message, tmp_path):
+    run = make_run(tmp_path / "run", model)
+    line = refused("export", run.path, "--to", "hf")
+    assert "is of no family of transformers (GPTNeoXForCausalLM, LlamaForCausalLM" in line
+    assert message in line
+    assert not (run.path / "hf").exists()
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", llama())
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("seqeff.interop.weights.save_file", fail)
+    line = refused("export", run.path, "--to", "hf", "--output", tmp_path / "out")
+    assert "cannot write" in line
+    assert "No space left on device" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_how_a_model_is_computed_does_not_matter(tmp_path):
+    model = dataclasses.replace(
+        llama(), dtype="bfloat16", rematerialise="everything", unroll=2, attention_backend="xla"
+    )
+    assert "Llama" in done("export", make_run(tmp_path / "run", model).path, "--to", "hf")
