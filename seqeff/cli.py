@@ -61,9 +61,9 @@ class _Parser(argparse.ArgumentParser):
     """Tells a mistake on one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
-        # what stands after `--streaming` is a book
+        # what stands after `--streaming` is a book, and after `--retrieval` a task
         if self.prog == "seqeff eval" and "RUN_DIR" in message:
-            message += " (before --streaming BOOK...)"
+            message += " (before --streaming BOOK... or --retrieval TASK...)"
         chosen = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         near = _nearest(chosen[1], re.findall(r"[\w-]+", chosen[2])) if chosen else ""
         raise UserError(f"{message}{near}; see {self.prog} --help")
@@ -119,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="sizes and costs, no training")
     _add_checkpoint(train)
 
-    text = "Score a run on its held-out documents, or on long texts as streams."
+    text = "Score a run on its held-out documents, on long texts as streams, or on retrieval."
     evaluate = command("eval", _evaluate, text, True)
-    text = "the run's directory; give it before --streaming"
+    text = "the run's directory; give it before --streaming and --retrieval"
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
     text = "read these texts as streams, in constant memory, with and without separators"
@@ -136,7 +136,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--chunk", type=_positive, help=text)
     text = "with --streaming: keep the streams in this folder, and go on from there"
     evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
-    text = "with --streaming: write the results to this file"
+    text = "what is found in long contexts: passkey, needle, key-value, mqar"
+    evaluate.add_argument("--retrieval", nargs="+", metavar="TASK", help=text)
+    text = "with --retrieval: of prompt and answer (default: the run's row)"
+    evaluate.add_argument("--lengths", nargs="+", type=_positive, metavar="TOKENS", help=text)
+    text = "with --retrieval: where answers stand, from 0 to 1 (default: 0 0.25 0.5 0.75 1)"
+    evaluate.add_argument("--depths", nargs="+", type=float, metavar="DEPTH", help=text)
+    text = "with --retrieval: of each task, length and depth (default: 10)"
+    evaluate.add_argument("--examples", type=_positive, help=text)
+    text = "with --retrieval: another one gives other examples (default: 0)"
+    evaluate.add_argument("--seed", type=int, help=text)
+    text = "with --retrieval: hide what is asked in this text"
+    evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
+    text = "with --retrieval: a heat map of what is found"
+    evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
+    text = "with --streaming or --retrieval: write the results to this file"
     evaluate.add_argument("--json", type=Path, help=text)
     _add_checkpoint(evaluate)
 
@@ -365,6 +379,8 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     run, config, tokenizer = _open(options, overrides)
     if options.streaming:
         return _stream(options, overrides, run, config, tokenizer)
+    if options.retrieval:
+        return _retrieve(options, overrides, run, config, tokenizer)
     if any(getattr(x, "cache_entries", None) is not None for x in config.model.attentions()):
         print(
             "seqeff: held-out rows are scored with the mask, not with the cache of "
@@ -390,11 +406,19 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _check_evaluation(options: argparse.Namespace) -> None:
     """Refuses options that would do nothing."""
-    if options.streaming and options.batches:
-        raise UserError("--batches is of held-out documents; leave it out with --streaming")
-    for name in ("method", "carry", "per_book", "chunk", "state", "json"):
+    if options.streaming and options.retrieval:
+        raise UserError("--streaming and --retrieval are two commands; leave one out")
+    for kind in ("streaming", "retrieval"):
+        if getattr(options, kind) and options.batches:
+            raise UserError(f"--batches is of held-out documents; leave it out with --{kind}")
+    for name in ("method", "carry", "per_book", "chunk", "state"):
         if getattr(options, name) and not options.streaming:
             raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
+    for name in ("lengths", "depths", "examples", "seed", "filler", "plot"):
+        if getattr(options, name) is not None and not options.retrieval:
+            raise UserError(f"--{name} is for --retrieval TASK...; give both")
+    if options.json and not (options.streaming or options.retrieval):
+        raise UserError("--json is for --streaming BOOK... or --retrieval TASK...; give one")
 
 
 def _stream(
@@ -451,6 +475,51 @@ def _stream(
                 print(comparison.line(f"  {book.name}"[:21], result), flush=True)
             if len(found) == len(books):
                 print(comparison.line(method, StreamResult.total(found)), flush=True)
+    return 0
+
+
+def _retrieve(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    run: RunDirectory,
+    config: training.Train,
+    tokenizer: Tokenizer,
+) -> int:
+    import jax
+
+    from seqeff.bench.report import write_report
+    from seqeff.evaluation import comparison
+    from seqeff.evaluation.retrieval import ModelReader, command
+
+    command.check_files(options.json, options.plot)
+    length = config.data.sequence_length
+    grid = command.grid(
+        options.retrieval,
+        lengths=options.lengths or [length],
+        depths=options.depths,
+        examples=options.examples,
+        seed=options.seed,
+        filler=options.filler,
+    )
+    model = config.model.for_vocabulary(tokenizer.vocabulary())
+    model.require_positions(max(grid.lengths))
+    cells = list(grid.cells(tokenizer))
+    if told := comparison.warning(model, max(grid.lengths), length):
+        print(f"seqeff: {told}", file=sys.stderr)
+    program, parameters = _restore(run, config, tokenizer, options.checkpoint)
+    facts = command.facts(grid, config.model, tokenizer) | {
+        "run": str(run.path),
+        "checkpoint": options.checkpoint,
+        "overrides": overrides,
+    }
+    examples = [example for cell in cells for example in cell.examples]
+    with jax.set_mesh(program.mesh):
+        command.run(
+            ModelReader.fitting(program.model, parameters, tokenizer, examples, slots=_BATCH),
+            cells,
+            lambda results: write_report(options.json, "retrieval", results, facts),
+            options.plot,
+        )
     return 0
 
 
