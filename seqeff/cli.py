@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--chunk", type=_positive, help=text)
     text = "with --streaming: keep the streams in this folder, and go on from there"
     evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
-    text = "what is found in long contexts: passkey, needle, key-value, mqar"
+    text = "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all)"
     evaluate.add_argument("--retrieval", nargs="+", metavar="TASK", help=text)
     text = "with --retrieval: of prompt and answer (default: the run's row)"
     evaluate.add_argument("--lengths", nargs="+", type=_positive, metavar="TOKENS", help=text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,24 +12,12 @@ import numpy as np
 from seqeff.checks import UserError, flatten
 from seqeff.data import Tokenizer
 from seqeff.data.files import nearest
-from seqeff.evaluation.retrieval.associative_recall import AssociativeRecall
 from seqeff.evaluation.retrieval.example import Task
 from seqeff.evaluation.retrieval.grid import Cell, Grid, Result, evaluate
 from seqeff.evaluation.retrieval.haystack import Filler
-from seqeff.evaluation.retrieval.key_value import KeyValue
-from seqeff.evaluation.retrieval.needle import Needle
-from seqeff.evaluation.retrieval.passkey import Passkey
 from seqeff.evaluation.retrieval.plot import heat_map, require_matplotlib
 from seqeff.evaluation.retrieval.reader import Reader
-
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        "passkey": Passkey(),
-        "needle": Needle(),
-        "mqar": AssociativeRecall(),
-        "key-value": KeyValue(),
-    }
-)
+from seqeff.evaluation.retrieval.tasks import TASKS
 
 
 def grid(

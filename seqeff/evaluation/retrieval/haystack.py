@@ -84,20 +84,21 @@ class Filler:
 
 
 def hide(words: Sequence[str], sentences: Iterable[tuple[float, str]]) -> str:
-    """Words as a text, with each sentence at its depth, between two sentences where one ends near.
+    """Words as a text that ends with a full stop, with each sentence at its depth.
+
+    A sentence stands between two others, where one ends near.
 
     Args:
       sentences: and their depths, which do not decrease.
     """
-    parts, begin = [], 0
+    words, parts, begin = [*words], [], 0
+    if words and not _ends(words[-1]):
+        words[-1] = words[-1].rstrip(",;:") + "."
     for depth, sentence in sentences:
         place = _place(words, depth)
         parts += [*words[begin:place], sentence]
         begin = place
-    rest = list(words[begin:])
-    if rest and not _ends(rest[-1]):
-        rest[-1] = rest[-1].rstrip(",;:") + "."
-    return " ".join((*parts, *rest))
+    return " ".join((*parts, *words[begin:]))
 
 
 def words_of(text: str) -> list[str]:

@@ -46,10 +46,11 @@ def heat_map(results: Sequence[Result], file: Path) -> None:
             for result in found:
                 at = depths.index(result.depth), lengths.index(result.length)
                 recall[at] = result.recall
-            image = axes.imshow(recall, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axes.imshow(recall, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             for (row, column), value in np.ndenumerate(recall):
                 if np.isfinite(value):
-                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                    color = "black" if value > 0.6 else "white"
+                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             labels = ["all" if depth is None else f"{depth:g}" for depth in depths]
             axes.set_yticks(range(len(depths)), labels)
