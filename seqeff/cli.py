@@ -148,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, help=text)
     text = "with --retrieval: hide what is asked in this text"
     evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
+    text = "with --retrieval: prompts at a time (default: 16)"
+    evaluate.add_argument("--slots", type=_positive, help=text)
     text = "with --retrieval: a heat map of what is found"
     evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
     text = "with --streaming or --retrieval: write the results to this file"
@@ -414,7 +416,7 @@ def _check_evaluation(options: argparse.Namespace) -> None:
     for name in ("method", "carry", "per_book", "chunk", "state"):
         if getattr(options, name) and not options.streaming:
             raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
-    for name in ("lengths", "depths", "examples", "seed", "filler", "plot"):
+    for name in ("lengths", "depths", "examples", "seed", "filler", "slots", "plot"):
         if getattr(options, name) is not None and not options.retrieval:
             raise UserError(f"--{name} is for --retrieval TASK...; give both")
     if options.json and not (options.streaming or options.retrieval):
@@ -490,6 +492,7 @@ def _retrieve(
     from seqeff.bench.report import write_report
     from seqeff.evaluation import comparison
     from seqeff.evaluation.retrieval import ModelReader, command
+    from seqeff.training.checkpoints import CheckpointStore
 
     command.check_files(options.json, options.plot)
     length = config.data.sequence_length
@@ -507,15 +510,18 @@ def _retrieve(
     if told := comparison.warning(model, max(grid.lengths), length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = _restore(run, config, tokenizer, options.checkpoint)
+    with CheckpointStore(run.checkpoints) as store:
+        latest = store.latest()
     facts = command.facts(grid, config.model, tokenizer) | {
         "run": str(run.path),
-        "checkpoint": options.checkpoint,
+        "checkpoint": latest if options.checkpoint is None else options.checkpoint,
         "overrides": overrides,
     }
-    examples = [example for cell in cells for example in cell.examples]
+    groups = [cell.examples for cell in cells]
+    slots = options.slots or _BATCH
     with jax.set_mesh(program.mesh):
         command.run(
-            ModelReader.fitting(program.model, parameters, tokenizer, examples, slots=_BATCH),
+            ModelReader.fitting(program.model, parameters, tokenizer, groups, slots),
             cells,
             lambda results: write_report(options.json, "retrieval", results, facts),
             options.plot,

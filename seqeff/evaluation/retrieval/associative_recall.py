@@ -15,7 +15,7 @@ from seqeff.evaluation.retrieval.example import Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssociativeRecall:
-    """MQAR of Arora et al. 2023 ("Zoology", section 3).
+    """MQAR of Arora et al. 2023 ("Zoology").
 
     After the end of text stand the pairs, a key and its value each, then every key once more, at
     even distances from the pairs that follow a power law. What stands between is neither; the

@@ -13,7 +13,7 @@ from seqeff.evaluation.retrieval.haystack import Filler, hide, new, number, word
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passkey:
-    """The pass key of Mohtashami and Jaggi 2023 ("Landmark Attention", section 4.2).
+    """The pass key of Mohtashami and Jaggi 2023 ("Landmark Attention").
 
     Attributes:
       digits: of the key.

@@ -91,26 +91,28 @@ class ModelReader:
         config: TransformerConfig,
         parameters: Any,
         tokenizer: Tokenizer,
-        examples: Sequence[Example | Row],
+        groups: Sequence[Sequence[Example | Row]],
         slots: int,
     ) -> ModelReader:
-        """With room for the longest of these prompts and its answer.
+        """With room for the longest of the prompts and its answer.
 
         Args:
-          slots: at most.
+          groups: examples that are asked for together.
+          slots: at most; no more than a group, or a context's questions, can take.
         """
-        texts = [example for example in examples if isinstance(example, Example)]
+        together = max(map(len, groups), default=1)
+        texts = [x for group in groups for x in group if isinstance(x, Example)]
         whole = [
             len(example.context) + len(question.tokens) + question.wanted
             for example in texts
             for question in example.questions
         ]
-        questions = max((len(example.questions) for example in texts), default=1)
+        together = max([together, *(len(example.questions) for example in texts)])
         return cls(
             config,
             parameters,
             tokenizer,
-            slots=min(slots, max(len(texts), questions, 1)),
+            slots=min(slots, together),
             context=generation_context(config, max(whole, default=1)),
             kept=most_kept_by(config, _requests(texts)),
         )
