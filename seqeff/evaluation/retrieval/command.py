@@ -37,11 +37,7 @@ def grid(
     for depth in depths or ():
         if not 0 <= depth <= 1:
             raise UserError(f"--depths {depth:g} is not from 0 to 1")
-    given = {
-        "depths": depths and sorted(set(depths)),
-        "examples": examples,
-        "seed": seed,
-    }
+    given = {"depths": depths and sorted(set(depths)), "examples": examples, "seed": seed}
     return Grid(
         tasks=chosen(names, filler),
         lengths=sorted(set(lengths)),
@@ -104,11 +100,11 @@ def run(
       keep: is given all results so far after every line.
     """
     results: list[Result] = []
-    name, width = None, max(len(cell.task) for cell in cells)
+    width = max(len(cell.task) for cell in cells)
     for line in _lines(reader, cells):
-        results += line
-        if name != (name := line[0].task):
+        if not results or results[-1].task != line[0].task:
             print(_header(line, width), flush=True)
+        results += line
         print(_line(line, width), flush=True)
         keep([dataclasses.asdict(result) for result in results])
     if plot is not None:

@@ -179,9 +179,9 @@ class ModelReader:
         )
         for row in range(len(questions)):
             text = StoppedText(self._tokenizer, ())
-            drawn_by_row = token[is_real[:, row], row].tolist()
-            end = [x for x in drawn_by_row if x != self._tokenizer.end_of_text]
-            yield "".join([*map(text.push, end), text.finish()])
+            own = token[is_real[:, row], row].tolist()
+            pushed = [text.push(x) for x in own if x != self._tokenizer.end_of_text]
+            yield "".join([*pushed, text.finish()])
 
 
 def _requests(examples: Iterable[Example]) -> Iterator[Request]:

@@ -6,10 +6,12 @@ import sys
 import pytest
 from tiny_run import refused, seqeff
 
+from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.evaluation.retrieval import TASKS, Grid
 from seqeff.evaluation.retrieval.example import fingerprint
 from seqeff.evaluation.retrieval.grid import Result
+from seqeff.evaluation.retrieval.plot import heat_map
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -85,13 +87,35 @@ def test_tasks_at_the_length_of_the_run(finished):
     assert {line.split()[0] for line in lines[1::2]} == {"1,000"}
 
 
-def test_a_heat_map(finished, tmp_path, monkeypatch):
+def test_tokens_are_those_of_the_text(finished):
+    """A question's begin where the tokenizer would cut the whole text."""
+    tokenizer = Tokenizer.load(finished / "tokenizer")
+    grid = Grid(tasks=TASKS, lengths=[3000], depths=[0.5], examples=1)
+    for cell in grid.cells(tokenizer):
+        for example in cell.examples:
+            for question in getattr(example, "questions", ()):
+                whole = [*example.context, *question.tokens]
+                assert whole[1:] == tokenizer.encode(tokenizer.decode(whole))
+                assert 2900 < len(whole) + question.wanted <= 3000
+
+
+def test_a_heat_map(finished, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "found.png"
     command = ["eval", finished, "--retrieval", "passkey", *SMALL, "--plot", plot]
     done = seqeff(*command)
     assert done.status == 0, done.errors
     assert plot.read_bytes().startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [plot]
+
+
+def test_a_heat_map_that_cannot_be_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "x.png"
+    file.mkdir()
+    result = Result("mqar", 9, None, 1, 1, 0.5, 0.5, "", 1.0, 1, 0.1)
+    with pytest.raises(UserError, match=r"cannot write .*x\.png: Is a directory"):
+        heat_map([result], file)
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_without_matplotlib(finished, tmp_path, monkeypatch, no_devices):
