@@ -61,9 +61,9 @@ class _Parser(argparse.ArgumentParser):
     """Tells a mistake on one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
-        # what stands after `--streaming` is a book
+        # what stands after `--streaming` is a book, and after `--retrieval` a task
         if self.prog == "seqeff eval" and "RUN_DIR" in message:
-            message += " (before --streaming BOOK...)"
+            message += " (before --streaming BOOK... or --retrieval TASK...)"
         chosen = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         near = _nearest(chosen[1], re.findall(r"[\w-]+", chosen[2])) if chosen else ""
         raise UserError(f"{message}{near}; see {self.prog} --help")
@@ -87,8 +87,10 @@ def _nearest(name: str, candidates: Sequence[str]) -> str:
 
 _USUAL_ROW = 8192
 _METHODS = ("dense", "streamingllm", "own")
-# prompts that are continued at a time, and what the tokens of their cache are a multiple of
-_BATCH, _ROUNDED = 16, 256
+# prompts that are continued at a time
+_SLOTS = 16
+# what the tokens of a cache are a multiple of
+_ROUNDED = 256
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="sizes and costs, no training")
     _add_checkpoint(train)
 
-    text = "Score a run on its held-out documents, or on long texts as streams."
+    text = "Score a run on its held-out documents, on long texts as streams, or on retrieval."
     evaluate = command("eval", _evaluate, text, True)
-    text = "the run's directory; give it before --streaming"
+    text = "the run's directory; give it before --streaming and --retrieval"
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     evaluate.add_argument("--batches", type=_positive, help="at most so many batches")
     text = "scores of so many equal parts of the rows too, by the tokens' places in their documents"
@@ -139,6 +141,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--chunk", type=_positive, help=text)
     text = "with --streaming: keep the streams in this folder, and go on from there"
     evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
+    text = "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all)"
+    evaluate.add_argument("--retrieval", nargs="+", metavar="TASK", help=text)
+    text = "with --retrieval: of prompt and answer (default: the run's row)"
+    evaluate.add_argument("--lengths", nargs="+", type=_positive, metavar="TOKENS", help=text)
+    text = "with --retrieval: where answers stand, from 0 to 1 (default: 0 0.25 0.5 0.75 1)"
+    evaluate.add_argument("--depths", nargs="+", type=float, metavar="DEPTH", help=text)
+    text = "with --retrieval: of each task, length and depth (default: 10)"
+    evaluate.add_argument("--examples", type=_positive, help=text)
+    text = "with --retrieval: another one gives other examples (default: 0)"
+    evaluate.add_argument("--seed", type=int, help=text)
+    text = "with --retrieval: hide what is asked in this text"
+    evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
+    text = "with --retrieval: prompts at a time (default: 16)"
+    evaluate.add_argument("--slots", type=_positive, help=text)
+    text = "with --retrieval: a heat map of what is found"
+    evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
     text = "write the results to this file"
     evaluate.add_argument("--json", type=Path, help=text)
     _add_checkpoint(evaluate)
@@ -170,8 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
     text = "another one draws another continuation (default: 0)"
     generate.add_argument("--seed", type=int, default=0, help=text)
-    text = "with --prompts: at a time (default: 16)"
-    generate.add_argument("--batch", type=_positive, metavar="SLOTS", help=text)
+    text = "with --prompts: prompts at a time (default: 16)"
+    generate.add_argument("--slots", type=_positive, help=text)
     text = "with --prompts: where results go, a JSON object a line (default: the standard output)"
     generate.add_argument("--output", type=Path, metavar="FILE.jsonl", help=text)
     text = "with --prompts: the tokens' ids and log-probabilities too"
@@ -393,6 +411,8 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     run, config, tokenizer = _open(options, overrides)
     if options.streaming:
         return _stream(options, overrides, run, config, tokenizer)
+    if options.retrieval:
+        return _retrieve(options, overrides, run, config, tokenizer)
     if any(getattr(x, "cache_entries", None) is not None for x in config.model.attentions()):
         print(
             "seqeff: held-out rows are scored with the mask, not with the cache of "
@@ -435,13 +455,17 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _check_evaluation(options: argparse.Namespace) -> None:
     """Refuses options that would do nothing."""
-    if options.streaming and options.batches:
-        raise UserError("--batches is of held-out documents; leave it out with --streaming")
-    if options.streaming and options.positions:
-        raise UserError("--positions is of held-out documents; leave it out with --streaming")
+    if options.streaming and options.retrieval:
+        raise UserError("--streaming and --retrieval are two commands; leave one out")
+    for kind, name in itertools.product(("streaming", "retrieval"), ("batches", "positions")):
+        if getattr(options, kind) and getattr(options, name):
+            raise UserError(f"--{name} is of held-out documents; leave it out with --{kind}")
     for name in ("method", "carry", "per_book", "chunk", "state"):
         if getattr(options, name) and not options.streaming:
             raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
+    for name in ("lengths", "depths", "examples", "seed", "filler", "slots", "plot"):
+        if getattr(options, name) is not None and not options.retrieval:
+            raise UserError(f"--{name} is for --retrieval TASK...; give both")
 
 
 def _stream(
@@ -501,12 +525,61 @@ def _stream(
     return 0
 
 
+def _retrieve(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    run: RunDirectory,
+    config: training.Train,
+    tokenizer: Tokenizer,
+) -> int:
+    import jax
+
+    from seqeff.bench.report import write_report
+    from seqeff.evaluation import comparison
+    from seqeff.evaluation.retrieval import ModelReader, command
+    from seqeff.training.checkpoints import CheckpointStore
+
+    command.check_files(options.json, options.plot)
+    length = config.data.sequence_length
+    grid = command.grid(
+        options.retrieval,
+        lengths=options.lengths or [length],
+        depths=options.depths,
+        examples=options.examples,
+        seed=options.seed,
+        filler=options.filler,
+    )
+    model = config.model.for_vocabulary(tokenizer.vocabulary())
+    model.require_positions(max(grid.lengths))
+    cells = list(grid.cells(tokenizer))
+    if told := comparison.warning(model, max(grid.lengths), length):
+        print(f"seqeff: {told}", file=sys.stderr)
+    program, parameters = _restore(run, config, tokenizer, options.checkpoint)
+    with CheckpointStore(run.checkpoints) as store:
+        latest = store.latest()
+    facts = command.facts(grid, config.model, tokenizer) | {
+        "run": str(run.path),
+        "checkpoint": latest if options.checkpoint is None else options.checkpoint,
+        "overrides": overrides,
+    }
+    groups = [cell.examples for cell in cells]
+    slots = options.slots or _SLOTS
+    with jax.set_mesh(program.mesh):
+        command.run(
+            ModelReader.fitting(program.model, parameters, tokenizer, groups, slots),
+            cells,
+            lambda results: write_report(options.json, "retrieval", results, facts),
+            options.plot,
+        )
+    return 0
+
+
 def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.inference import Engine, check_room, generation_context, most_kept_by
 
-    for name in ("batch", "output", "log_probabilities"):
+    for name in ("slots", "output", "log_probabilities"):
         if getattr(options, name) and options.prompts is None:
             raise UserError(f"--{name.replace('_', '-')} is for --prompts FILE.jsonl; give both")
     requests = _text_requests(options)
@@ -523,7 +596,7 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     engine = Engine(
         program.model,
         tokenizer,
-        slots=min(options.batch or _BATCH, len(named)),
+        slots=min(options.slots or _SLOTS, len(named)),
         context=None if context is None else _room(named, context),
         kept=most_kept_by(program.model, (request for _, request in named)),
     )

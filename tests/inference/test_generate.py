@@ -120,7 +120,7 @@ def write_lines(path, lines):
 
 def test_prompts_of_a_file(finished, tmp_path, monkeypatch):
     file, output = write_lines(tmp_path / "prompts.jsonl", LINES), tmp_path / "results.jsonl"
-    command = ["generate", finished, "--tokens", 9, "--batch", 2, "--log-probabilities"]
+    command = ["generate", finished, "--tokens", 9, "--slots", 2, "--log-probabilities"]
     done = seqeff(*command, "--prompts", file, "--output", output)
     assert done.status == 0, done.errors
     assert done.output == ""
@@ -182,7 +182,7 @@ def test_files_that_cannot_be(finished, tmp_path):
     where = tmp_path / "absent" / "results.jsonl"
     line = refused("generate", finished, "--prompts", file, "--output", where)
     assert "cannot write" in line and "choose another --output" in line
-    for option in (["--batch", 2], ["--output", where], ["--log-probabilities"]):
+    for option in (["--slots", 2], ["--output", where], ["--log-probabilities"]):
         line = refused("generate", finished, "--prompt", "a", *option)
         assert f"{option[0]} is for --prompts" in line
 

@@ -1,0 +1,67 @@
+"""Variables that take their value from each other, far apart in a long text."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import string
+
+from seqeff.checks import check_types, require
+from seqeff.data import Tokenizer
+from seqeff.evaluation.retrieval.example import Asked, Example, compose
+from seqeff.evaluation.retrieval.haystack import Filler, hide, new, number, words_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariableTracking:
+    """Variable tracking of RULER (Hsieh et al. 2024, section 3, "Multi-hop Tracing").
+
+    A chain begins with a variable that is given a number; each further one is given what the one
+    before it holds. The question asks for all variables that hold the first chain's number.
+
+    Attributes:
+      chains: of which the others distract.
+      hops: further variables of a chain.
+    """
+
+    chains: int = 1
+    hops: int = 4
+    filler: Filler = Filler()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.chains >= 1, f"VariableTracking.chains = {self.chains} must be at least 1")
+        require(self.hops >= 0, f"VariableTracking.hops = {self.hops} must not be negative")
+
+    @property
+    def has_depth(self) -> bool:
+        return False
+
+    def make(
+        self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random
+    ) -> Example:
+        """See `Task.make`."""
+        words = self.filler.words(choose, length)
+        taken = set(words_of(" ".join(words)))
+
+        def name() -> str:
+            return "".join(choose.choices(string.ascii_uppercase, k=5))
+
+        statements: list[tuple[float, str]] = []
+        chains: list[tuple[str, list[str]]] = []
+        for _ in range(self.chains):
+            held = value = new(lambda: number(choose, 5), taken)
+            names = [new(name, taken) for _ in range(1 + self.hops)]
+            for place, variable in zip(sorted(choose.random() for _ in names), names, strict=True):
+                statements.append((place, f"Let {variable} = {held}."))
+                held = variable
+            chains.append((value, names))
+        statements.sort(key=lambda statement: statement[0])
+        value, names = chains[0]
+
+        def context(count: int) -> str:
+            text = hide(words[:count], statements)
+            return f"This text gives values to variables, which are needed later.\n{text}\n"
+
+        text = f"Question: which variables have the value {value}?\nAnswer: the variables are"
+        return compose(tokenizer, length, context, [Asked(text, tuple(names), None)])
