@@ -77,7 +77,7 @@ def test_the_directory_explains_itself(saved, imported):
 
 
 def test_what_to_type_next_can_be_typed(source, tmp_path, book, monkeypatch):
-    monkeypatch.setattr("seqeff.cli._USUAL_ROW", 64)
+    monkeypatch.setattr("seqeff.cli.exchange._USUAL_ROW", 64)
     change_settings(source, max_position_embeddings=131_072)
     run = tmp_path / "a run"
     *_, generate, evaluate = done("import", source, run).splitlines()

@@ -9,7 +9,8 @@ from seqeff.inference import CacheUse
 class Bytes:
     """A token a byte, and the end of text."""
 
-    end_of_text, vocabulary_size, fingerprint = 256, 257, "bytes"
+    begin_of_text = end_of_text = 256
+    vocabulary_size, fingerprint = 257, "bytes"
 
     def encode(self, text):
         return list(text.encode())

@@ -50,7 +50,7 @@ def test_prompt_and_answer_fill_the_length(name, length):
             continue
         longest = max(whole(example, question) for question in example.questions)
         assert length - UNIT < longest <= length
-        assert example.context[0] == TOKENIZER.end_of_text
+        assert example.context[0] == TOKENIZER.begin_of_text
         for question in example.questions:
             # an answer and a few further tokens
             assert question.wanted > len(" ".join(question.answers))
@@ -171,7 +171,7 @@ def test_pairs_are_asked_for_at_even_depths():
 def test_keys_come_twice_and_values_once():
     for seed in range(5):
         row = make(AssociativeRecall(pairs=20), 97, seed=seed)
-        assert row.tokens[0] == TOKENIZER.end_of_text
+        assert row.tokens[0] == TOKENIZER.begin_of_text
         pairs = dict(row.tokens[1:41].reshape(20, 2).tolist())
         assert len(pairs) == 20
         assert len({*row.places.tolist()}) == 20 and row.places.min() >= 41

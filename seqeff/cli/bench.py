@@ -1,0 +1,122 @@
+"""`seqeff bench`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from seqeff.cli.parser import Commands, positive
+from seqeff.cli.runs import load
+
+
+def add(commands: Commands) -> None:
+    """The command and its arguments."""
+    text = "Measure speed on this machine."
+    benchmarks = commands.group("bench", text, "BENCHMARK")
+    text = "Training steps of configs, on random tokens."
+    steps = benchmarks.add("train", _bench_train, text, True)
+    steps.add_argument("configs", nargs="+", type=Path, help="gin files, one row each")
+    steps.add_argument("--steps", type=positive, default=20, help="timed steps (default: 20)")
+    text = "Prompts and their continuations, of random tokens, through the caches of configs."
+    continuing = benchmarks.add("generate", _bench_generate, text, True)
+    continuing.add_argument("configs", nargs="+", type=Path, help="gin files, one row each")
+    for name, default, text in (
+        ("batch", 1, "rows"),
+        ("prompt", 2048, "tokens of a row's prompt"),
+        ("tokens", 1000, "tokens that a row is continued by"),
+        ("chunk", 512, "tokens of a prompt taken at a time"),
+    ):
+        text = f"{text} (default: {default})"
+        continuing.add_argument(f"--{name}", type=positive, default=default, help=text)
+    batches = benchmarks.add("data", _bench_data, "Batches of synthetic text.")
+    text = "Separator attention against cuDNN's dense causal one, on a GPU."
+    attention = benchmarks.add("attention", _bench_attention, text)
+    attention.add_argument(
+        "--window", nargs="+", type=positive, default=[64], help="tokens (default: 64)"
+    )
+    attended = ("separators", "bounded", "compact", "bounded-compact", "window")
+    text = "what is attended (default: separators)"
+    attention.add_argument("--kind", nargs="+", choices=attended, default=["separators"], help=text)
+    backends = ("mosaic", "triton", "auto")
+    attention.add_argument(
+        "--backend", nargs="+", choices=backends, default=backends, help="(default: all)"
+    )
+    attention.add_argument("--rivals", action="store_true", help="PyTorch too, where it is here")
+    text = "Decoding attention against the bandwidth of a GPU's memory."
+    decode = benchmarks.add("decode", _bench_decode, text)
+    for benchmark in (attention, decode):
+        text = "by name (default: those of experiments/attention_speed)"
+        benchmark.add_argument("shapes", nargs="*", metavar="SHAPE", help=text)
+    for benchmark in (steps, continuing, batches, attention, decode):
+        benchmark.add_argument("--json", type=Path, help="write the results to this file")
+        benchmark.add_argument("--commit", help="kept in the file (default: what git says)")
+
+
+def _bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from seqeff.bench.train import benchmark_training
+
+    loaded = [(str(path), load(path, overrides, None).root) for path in options.configs]
+    results = benchmark_training(loaded, options.steps)
+    return _tell_speed("train", results, options, {"overrides": overrides})
+
+
+def _bench_generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from seqeff.bench.commands import generate
+
+    generate(
+        [(str(path), load(path, overrides, None).root) for path in options.configs],
+        options.batch,
+        options.prompt,
+        options.tokens,
+        options.chunk,
+        overrides,
+        options.json,
+        options.commit,
+    )
+    return 0
+
+
+def _bench_data(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff.bench.data import benchmark_batches
+
+    results = [row._asdict() for row in benchmark_batches()]
+    return _tell_speed("data", results, options)
+
+
+def _bench_attention(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff.bench.commands import attention
+
+    attention(
+        options.shapes,
+        options.window,
+        options.kind,
+        options.backend,
+        options.rivals,
+        options.json,
+        options.commit,
+    )
+    return 0
+
+
+def _bench_decode(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from seqeff.bench.commands import decode
+
+    decode(options.shapes, options.json, options.commit)
+    return 0
+
+
+def _tell_speed(
+    benchmark: str,
+    results: Sequence[Mapping[str, Any]],
+    options: argparse.Namespace,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
+    from seqeff.bench.report import write_report
+
+    write_report(options.json, benchmark, results, facts, options.commit)
+    for row in results:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    return 0

@@ -1,0 +1,238 @@
+"""`seqeff eval`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seqeff.checks import UserError
+from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, positive
+from seqeff.cli.runs import open_run, restore
+
+if TYPE_CHECKING:
+    from seqeff import training
+    from seqeff.data import Tokenizer
+    from seqeff.runs import RunDirectory
+
+
+_METHODS = ("dense", "streamingllm", "own")
+
+
+def add(commands: Commands) -> None:
+    """The command and its arguments."""
+    text = "Score a run on its held-out documents, on long texts as streams, or on retrieval."
+    evaluate = commands.add("eval", _evaluate, text, True)
+    text = "the run's directory; give it before --streaming and --retrieval"
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
+    evaluate.add_argument("--batches", type=positive, help="at most so many batches")
+    text = "scores of so many equal parts of the rows too, by the tokens' places in their documents"
+    evaluate.add_argument("--positions", type=positive, metavar="PARTS", help=text)
+    text = "read these texts as streams, in constant memory, with and without separators"
+    evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
+    text = "with --streaming: the model without a stream, StreamingLLM, its own (default: all)"
+    evaluate.add_argument("--method", nargs="+", choices=_METHODS, help=text)
+    text = "with --streaming: besides, streams that go on from book to book"
+    evaluate.add_argument("--carry", action="store_true", help=text)
+    text = "with --streaming: lines of the books too, before that of their method"
+    evaluate.add_argument("--per-book", action="store_true", help=text)
+    text = "with --streaming: tokens taken at a time (default: 512)"
+    evaluate.add_argument("--chunk", type=positive, help=text)
+    text = "with --streaming: keep the streams in this folder, and go on from there"
+    evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
+    text = "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all)"
+    evaluate.add_argument("--retrieval", nargs="+", metavar="TASK", help=text)
+    text = "with --retrieval: of prompt and answer (default: the run's row)"
+    evaluate.add_argument("--lengths", nargs="+", type=positive, metavar="TOKENS", help=text)
+    text = "with --retrieval: where answers stand, from 0 to 1 (default: 0 0.25 0.5 0.75 1)"
+    evaluate.add_argument("--depths", nargs="+", type=float, metavar="DEPTH", help=text)
+    text = "with --retrieval: of each task, length and depth (default: 10)"
+    evaluate.add_argument("--examples", type=positive, help=text)
+    text = "with --retrieval: another one gives other examples (default: 0)"
+    evaluate.add_argument("--seed", type=int, help=text)
+    text = "with --retrieval: hide what is asked in this text"
+    evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
+    text = "with --retrieval: prompts at a time (default: 16)"
+    evaluate.add_argument("--slots", type=positive, help=text)
+    text = "with --retrieval: a heat map of what is found"
+    evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
+    text = "write the results to this file"
+    evaluate.add_argument("--json", type=Path, help=text)
+    add_checkpoint(evaluate)
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    import jax
+
+    from seqeff.bench.report import write_report
+    from seqeff.data import place, prepare_validation
+    from seqeff.evaluation import Perplexity, make_evaluate
+
+    _check_evaluation(options)
+    run, config, tokenizer = open_run(options, overrides)
+    if options.streaming:
+        return _stream(options, overrides, run, config, tokenizer)
+    if options.retrieval:
+        return _retrieve(options, overrides, run, config, tokenizer)
+    if any(getattr(x, "cache_entries", None) is not None for x in config.model.attentions()):
+        print(
+            "seqeff: held-out rows are scored with the mask, not with the cache of "
+            "SeparatorAttention.cache_entries; --streaming BOOK... reads through that",
+            file=sys.stderr,
+        )
+    batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
+    if batches is None:
+        raise UserError("the run has no validation documents: Data.holdout is 0")
+    length, parts = config.data.sequence_length, options.positions or 1
+    if parts > length:
+        raise UserError(f"--positions {parts} is more positions than the {length} of a row")
+    program, parameters = restore(run, config, tokenizer, options.checkpoint)
+    count = min(len(batches), options.batches or len(batches))
+    with jax.set_mesh(program.mesh):
+        found = make_evaluate(program.graph, tokenizer.byte_lengths(), parts)(
+            parameters, (place(batches, index, program.batch_sharding) for index in range(count))
+        )
+    result = Perplexity.total(found)
+    print(
+        f"loss {result.loss:.4f}\nperplexity {result.perplexity:.2f}\n"
+        f"bits per byte {result.bits_per_byte:.4f}\ntokens {result.tokens}\nbytes {result.bytes}\n"
+        f"entries read {result.entries_read:.1f}\nentries resident {result.resident}"
+    )
+    rows: list[dict[str, Any]] = [result.as_metrics()]
+    if options.positions:
+        print(f"{'positions':>15}{'tokens':>12}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}")
+        # a place belongs to the part of which it is no less than the beginning
+        edges = [-(-part * length // parts) for part in range(parts + 1)]
+        for part, (first, end) in zip(found, itertools.pairwise(edges), strict=True):
+            rows.append({"positions": [first, end - 1]} | part.as_metrics())
+            print(
+                f"{f'{first}-{end - 1}':>15}{part.tokens:12,}{part.loss:9.4f}"
+                f"{part.perplexity:12.2f}{part.bits_per_byte:11.4f}"
+            )
+    facts = {"run": str(run.path), "overrides": overrides, "data": run.data_fingerprint()}
+    write_report(options.json, "perplexity", rows, facts)
+    return 0
+
+
+def _check_evaluation(options: argparse.Namespace) -> None:
+    """Refuses options that would do nothing."""
+    if options.streaming and options.retrieval:
+        raise UserError("--streaming and --retrieval are two commands; leave one out")
+    for kind, name in itertools.product(("streaming", "retrieval"), ("batches", "positions")):
+        if getattr(options, kind) and getattr(options, name):
+            raise UserError(f"--{name} is of held-out documents; leave it out with --{kind}")
+    for name in ("method", "carry", "per_book", "chunk", "state"):
+        if getattr(options, name) and not options.streaming:
+            raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
+    for name in ("lengths", "depths", "examples", "seed", "filler", "slots", "plot"):
+        if getattr(options, name) is not None and not options.retrieval:
+            raise UserError(f"--{name} is for --retrieval TASK...; give both")
+
+
+def _stream(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    run: RunDirectory,
+    config: training.Train,
+    tokenizer: Tokenizer,
+) -> int:
+    import jax
+
+    from seqeff.bench.report import write_report
+    from seqeff.evaluation import Stream, StreamResult, comparison, require_positions
+    from seqeff.training.program import run_model
+
+    model, sizes = run_model(config, tokenizer.vocabulary()), tokenizer.byte_lengths()
+    wanted = options.method or _METHODS
+    variants = comparison.methods(model)
+    own = list(variants)[-1]
+    streams = {
+        name: Stream(variant, sizes, options.chunk or 512)
+        for name, variant in variants.items()
+        if name.lower() in wanted or (name == own and "own" in wanted)
+    }
+    if not streams and "dense" not in wanted:
+        raise UserError(f"this attention has no stream but its own, {own}; give --method own")
+    books = comparison.read_books(tokenizer, options.streaming)
+    length = config.data.sequence_length
+    if streams:
+        require_positions(model, books, options.carry)
+        longest = (sum if options.carry else max)(len(book.tokens) for book in books)
+        if told := comparison.warning(model, longest, length):
+            print(f"seqeff: {told}", file=sys.stderr)
+    program, parameters = restore(run, config, tokenizer, options.checkpoint)
+    rows: dict[str, list[StreamResult]] = {}
+    results = []
+    print(comparison.HEADER, flush=True)
+    with jax.set_mesh(program.mesh):
+        for method, book, result in comparison.compare(
+            model,
+            streams,
+            parameters,
+            tokenizer,
+            books,
+            length=length if "dense" in wanted else None,
+            carry=options.carry,
+            state=options.state,
+        ):
+            found = rows.setdefault(method, [])
+            found.append(result)
+            results.append({"method": method, "book": book.name, **result.as_metrics()})
+            write_report(options.json, "streaming", results, {"overrides": overrides})
+            if options.per_book:
+                print(comparison.line(f"  {book.name}"[:21], result), flush=True)
+            if len(found) == len(books):
+                print(comparison.line(method, StreamResult.total(found)), flush=True)
+    return 0
+
+
+def _retrieve(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    run: RunDirectory,
+    config: training.Train,
+    tokenizer: Tokenizer,
+) -> int:
+    import jax
+
+    from seqeff.bench.report import write_report
+    from seqeff.evaluation import comparison
+    from seqeff.evaluation.retrieval import ModelReader, command
+    from seqeff.training.checkpoints import CheckpointStore
+
+    command.check_files(options.json, options.plot)
+    length = config.data.sequence_length
+    grid = command.grid(
+        options.retrieval,
+        lengths=options.lengths or [length],
+        depths=options.depths,
+        examples=options.examples,
+        seed=options.seed,
+        filler=options.filler,
+    )
+    model = config.model.for_vocabulary(tokenizer.vocabulary())
+    model.require_positions(max(grid.lengths))
+    cells = list(grid.cells(tokenizer))
+    if told := comparison.warning(model, max(grid.lengths), length):
+        print(f"seqeff: {told}", file=sys.stderr)
+    program, parameters = restore(run, config, tokenizer, options.checkpoint)
+    with CheckpointStore(run.checkpoints) as store:
+        latest = store.latest()
+    facts = command.facts(grid, config.model, tokenizer) | {
+        "run": str(run.path),
+        "checkpoint": latest if options.checkpoint is None else options.checkpoint,
+        "overrides": overrides,
+    }
+    groups = [cell.examples for cell in cells]
+    slots = options.slots or SLOTS
+    with jax.set_mesh(program.mesh):
+        command.run(
+            ModelReader.fitting(program.model, parameters, tokenizer, groups, slots),
+            cells,
+            lambda results: write_report(options.json, "retrieval", results, facts),
+            options.plot,
+        )
+    return 0
