@@ -100,9 +100,10 @@ class Engine:
 
     A request takes a slot as soon as one is free. Prompts go into the caches in chunks, between
     the steps of the rows that decode, so where caches are of constant size a prompt of any length
-    takes the memory of a chunk. Nothing compiles anew for other lengths or settings. The device
-    never waits for the host, which reads the tokens of a call while later ones run; tokens that a
-    request turns out not to need are dropped. What a request gives does not depend on the others.
+    takes the memory of a chunk. Nothing compiles anew for other lengths, nor for other settings but
+    once for each `Sampling.way`. The device never waits for the host, which reads the tokens of a
+    call while later ones run; tokens that a request turns out not to need are dropped. What a
+    request gives does not depend on the others.
 
     Attributes:
       use: of the caches, by the latest stream.
