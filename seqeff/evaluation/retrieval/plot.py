@@ -15,7 +15,7 @@ from seqeff.evaluation.retrieval.grid import Result
 def require_matplotlib() -> None:
     """Raises a UserError where matplotlib is absent."""
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise UserError(
             "--plot needs matplotlib: pip install 'seqeff[plot]', or leave it out"
@@ -30,7 +30,7 @@ def heat_map(results: Sequence[Result], file: Path) -> None:
       UserError: there is no matplotlib, or the file cannot be written.
     """
     require_matplotlib()
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     names = list(dict.fromkeys(result.task for result in results))
     figure, panels = pyplot.subplots(
