@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
       tokens: padded at the end.
       count: how many of each row's tokens are real; 0 leaves its slot as it is.
       begins: whether they are the first of a request, whose settings are given.
-      tokens_wanted: how many are to be drawn, where the prompt ends with this chunk; else 0.
+      wanted: how many are to be drawn, where the prompt ends with this chunk; else 0.
     """
 
     tokens: Int[Array, "rows chunk"]
@@ -111,7 +111,7 @@ def read_prompts(
     seen = _marked(taken.seen & ~begins[:, None], chunk.tokens, real)
     taken = Slots(cache, taken.token, left, drawn, settings, seen)
     is_real = chunk.wanted > 0
-    # beside a chunk, it costs nothing to be able to draw in every way
+    # one program for all settings: few chunks of a prompt follow each other, unlike steps
     taken, found = _step(
         config, end, parameters, taken, chunk.tokens, chunk.count, is_real, "filtered"
     )

@@ -37,7 +37,7 @@ class Example(NamedTuple):
     """A context, and questions of which each follows it directly.
 
     Attributes:
-      context: tokens, the end of text before them.
+      context: tokens, from the one that begins a text.
     """
 
     context: Int32[np.ndarray, " context"]
