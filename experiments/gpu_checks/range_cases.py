@@ -171,6 +171,7 @@ _CUDNN = (
             (64, "float16", 8192, None),
             (64, "bfloat16", 32768, None),
             (128, "bfloat16", 32768, 256),
+            (128, "bfloat16", 131072, 256),
         )
     ),
 )
@@ -223,6 +224,7 @@ _MOSAIC = (
             (separators, 128, "float16", 8192, 64),
             (separators, 64, "float16", 32768, 64),
             (separators, 128, "bfloat16", 32768, 256),
+            (separators, 128, "bfloat16", 131072, 64),
             (dense, 64, "bfloat16", 8192, None),
             (dense, 128, "bfloat16", 32768, 256),
         )
@@ -249,6 +251,7 @@ _TRITON = (
             (separators, 256, "float16", 8192, 64),
             (separators, 80, "bfloat16", 32768, 64),
             (separators, 128, "bfloat16", 32768, 256),
+            (separators, 64, "bfloat16", 131072, 64),
             (dense, 128, "float16", 8192, None),
         )
     ),

@@ -69,6 +69,8 @@ DECODE_SHAPES = (
     "grouped-long",
     "factored-long",
     "separators",
+    "pythia-160m",
+    "pythia-160m-one",
     "draft",
 )
 WINDOWS = (64, 256)
