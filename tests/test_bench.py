@@ -30,7 +30,8 @@ def gpu(monkeypatch):
 
     def loop_time(loop, *_):
         name, factors = loop
-        return 1e-3 * {"forward": 2.0, "both": 8.0}.get(name, 0.6) * next(factors)
+        times = {"forward": 2.0, "both": 8.0, "negate_and_add": 0.9}
+        return 1e-3 * times.get(name, 0.6) * next(factors)
 
     def portable(queries, keys, values, *_):
         return jax.nn.dot_product_attention(queries, keys, values)
@@ -66,6 +67,7 @@ def test_without_a_gpu_it_is_one_line(benchmark):
         (["attention", "wide-3k"], "no shape is called wide-3k; choose among quickstart, odd"),
         (["decode", "wide-2k"], "no shape is called wide-2k; choose among odd, odd-head"),
         (["attention", "--window", "0"], "argument --window: '0' is not a whole number"),
+        (["attention", "--density", "1.5"], "'1.5' is not a number from 0 to 1"),
         (["decode", "--rivals"], "unrecognized arguments: --rivals"),
         (["attention", "--gin.A.b=1"], "seqeff bench attention takes no --gin overrides"),
     ],
@@ -113,6 +115,8 @@ def test_attention_rows(gpu, tmp_path):
     }
     # a twelfth of the indices' 0.6 ms
     assert ours["index_milliseconds"] == ours["gather_milliseconds"] == 0.6
+    # negating the tokens' gradients takes 0.6 ms too, and 0.9 with the packed ones added
+    assert ours["transpose_milliseconds"] == 0.3
     assert ours["forward"]["milliseconds"] == 2.05
     assert ours["forward"]["speedup"] == round(2 / 2.05, 3)
     assert ours["forward_and_backward"]["milliseconds"] == 8.05
@@ -133,6 +137,17 @@ def test_the_needed_flops_are_those_of_the_mask(gpu):
     assert row["needed_forward_flops"] == 4 * 16 * 4 * int(mask.sum())
 
 
+def test_another_density(gpu):
+    rows = attention.benchmark_attention(["odd"], [7], backends=["auto"], density=0.5)
+    dense, half = rows
+    assert (dense["shape"], half["shape"], half["density"]) == ("odd@0.5", "odd@0.5", 0.5)
+    shape = dataclasses.replace(SHAPES["odd"], density=0.5)
+    (_, _, _, _, chosen), *_ = attention._inputs(shape)
+    token = np.arange(shape.length)
+    mask = (token[:, None] >= token) & ((token[:, None] - token < 7) | np.asarray(chosen)[:, None])
+    assert half["needed_forward_flops"] == 4 * 16 * 4 * int(mask.sum())
+
+
 def test_the_needed_flops_of_bounded_separators(gpu):
     rows = attention.benchmark_attention(["odd"], [7], kinds=["bounded", "window"])
     bounded, window = (row for row in rows if row["implementation"] == "auto")
@@ -150,6 +165,22 @@ def test_the_needed_flops_of_bounded_separators(gpu):
     assert window["needed_forward_flops"] == 4 * 16 * 4 * near
     assert "gather_milliseconds" in bounded and "gather_milliseconds" not in window
     assert " bounded " in attention.line(bounded)
+
+
+def test_the_transpose_adds_packed_gradients_to_those_of_the_tokens(gpu):
+    shape = SHAPES["odd"]
+    inputs = attention._inputs(shape)
+    sets, packing = attention._packed(inputs, "separators", shape.initial, 7)
+    assert packing is not None
+    queries, keys, values, cotangent, lists = sets[0]
+    ((key_gradients, value_gradients),) = packing.negate_and_add.function(*sets[0])
+    chosen = np.asarray(inputs[0][-1])
+    for tokens, found in ((keys, key_gradients), (values, value_gradients)):
+        tokens, expected = np.asarray(tokens, np.float32), -np.asarray(tokens, np.float32)
+        for row, mask in enumerate(chosen):
+            # the packed gradients are those of the first tokens here
+            expected[row, mask] += tokens[row, : mask.sum()]
+        np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_an_implementation_that_fails_is_a_row(gpu, monkeypatch):
@@ -183,8 +214,8 @@ def test_nothing_compiles_while_something_is_timed(gpu, monkeypatch):
     monkeypatch.setattr(attention, "explain", lambda *_: {"xla": "available"})
     rows = list(attention.benchmark_attention(["odd"], [7, 63], backends=["auto"]))
     assert not any("error" in row for row in rows)
-    # two passes of the three; and of each window, the indices and the gather
-    assert timed == [2 * 3 + 2 * 2] * 10 * 6
+    # two passes of the three; and of each window, the four parts of packing
+    assert timed == [2 * 3 + 2 * 4] * 14 * 6
 
 
 def test_programs_take_turns(monkeypatch):

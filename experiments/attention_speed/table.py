@@ -24,16 +24,16 @@ def attention_table(report: dict[str, Any]) -> str:
         f"On {_origin(report)}:",
         "",
         "| shape | window | implementation | forward, ms | × cuDNN | × flex | TFLOP/s needed | "
-        "forward and backward, ms | × cuDNN | × flex | TFLOP/s needed | gather, ms | indices, ms | "
-        "executed / needed | deterministic |",
-        f"|{'---|' * 15}",
+        "forward and backward, ms | × cuDNN | × flex | TFLOP/s needed | gather, ms | transpose, ms | "
+        "indices, ms | executed / needed | deterministic |",
+        f"|{'---|' * 16}",
     ]
     for row in report["results"]:
         kind = row.get("kind") or "separators"
         other = "" if kind == "separators" else f", {kind}"
         cells = [row["shape"], f"{row['window'] or 'dense'}{other}", _label(row)]
         if "error" in row:
-            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} |{' |' * 11}")
+            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} |{' |' * 12}")
             continue
         for key in ("forward", "forward_and_backward"):
             found = row[key]
@@ -41,7 +41,7 @@ def attention_table(report: dict[str, Any]) -> str:
             cells.append(f"{found['milliseconds']:.3f}")
             cells += ["" if speedup is None else f"{speedup:.2f}" for speedup in speedups]
             cells.append(f"{found['tflops_per_second']:.0f}")
-        for key in ("gather_milliseconds", "index_milliseconds"):
+        for key in ("gather_milliseconds", "transpose_milliseconds", "index_milliseconds"):
             cells.append("" if row.get(key) is None else f"{row[key]:.3f}")
         executed, needed = row["executed_forward_flops"], row["needed_forward_flops"]
         waste = "" if executed is None else f"{executed / needed:.2f}"

@@ -198,8 +198,12 @@ def _run_share(
 ) -> list[dict[str, Any]]:
     """Checks in a process of their own, which a crash of one ends."""
     call = [sys.executable, __file__, *settings, "--checks", *map(str, numbers)]
-    # else each process takes most of the memory for itself
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = os.environ | {
+        # else each process takes most of the memory for itself
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # the compiler would look for the fastest way to compute what is compared with
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
+    }
     try:
         done = subprocess.run(
             call, env=environment, capture_output=True, timeout=seconds, check=False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from seqeff_kernels.range_attention import (
     explain,
     range_attention,
 )
-from seqeff_kernels.range_attention.operands import gathered, operands
+from seqeff_kernels.range_attention.operands import gathered, operands, token_gradients
 from seqeff_kernels.range_attention.shapes import (
     SHAPES,
     PackedList,
@@ -64,6 +65,7 @@ def benchmark_attention(
     *,
     kinds: Sequence[str] = DEFAULT_KINDS,
     backends: Sequence[str] = BACKENDS,
+    density: float | None = None,
     rivals: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields one row for each shape, kind, window and implementation, as they are measured.
@@ -74,8 +76,10 @@ def benchmark_attention(
     (None: not known), and under `forward` and `forward_and_backward` the median, fastest and
     slowest milliseconds over the repeats, the speed-ups over cuDNN and over FlexAttention with
     the same window (None: not measured) and the TFLOP/s of needed FLOPs. Times with a window
-    hold the gather of the packed tokens (alone: `gather_milliseconds`), its transpose, and a
-    twelfth of `index_milliseconds`. An implementation that fails has `error` instead.
+    hold the gather of the packed tokens (alone: `gather_milliseconds`), in the backward pass its
+    transpose, which adds to the tokens' gradients in place (`transpose_milliseconds`: what
+    negating those takes more with it than without), and a twelfth of `index_milliseconds`. An
+    implementation that fails has `error` instead.
 
     All programs of a shape are compiled before the first of them runs, and then run in turn.
 
@@ -84,20 +88,24 @@ def benchmark_attention(
       windows: tokens; each is measured with every shape.
       kinds: of attention, of `seqeff_kernels.range_attention.shapes.KINDS` with a window.
       backends: of `range_attention`; those that cannot serve are left out.
+      density: of separators, in place of each shape's own; the row's `shape` then ends in it.
       rivals: measure PyTorch too; `prepare_rivals` comes before the first use of a device.
     """
     for name in chosen_shapes(names, SHAPES, DEFAULT_SHAPES):
-        yield from _benchmark_shape(name, windows, kinds, backends, rivals)
+        shape = SHAPES[name]
+        if density is not None:
+            name, shape = f"{name}@{density:g}", dataclasses.replace(shape, density=density)
+        yield from _benchmark_shape(name, shape, windows, kinds, backends, rivals)
 
 
 def _benchmark_shape(
     name: str,
+    shape: Shape,
     windows: Sequence[int],
     kinds: Sequence[str],
     backends: Sequence[str],
     rivals: bool,
 ) -> Iterator[dict[str, Any]]:
-    shape = SHAPES[name]
     # before our own arrays take their room
     others = list(torch_attention.run(shape, windows)) if rivals else []
     flex = {row["window"]: row for row in others if row["implementation"] == "flex"}
@@ -128,7 +136,9 @@ def _benchmark_shape(
         same = flex.get(call.window, {}) if call.kind in (None, "separators") else {}
         against = {"speedup": dense, "speedup_over_flex": same}
         facts = {"kind": call.kind} | call.facts()
-        yield _row(name, call.window, call.implementation, found, against, call.needed, facts)
+        yield _row(
+            name, shape, call.window, call.implementation, found, against, call.needed, facts
+        )
     for row in others:
         window = row["window"]
         against = {"speedup": dense, "speedup_over_flex": flex.get(window, {})}
@@ -140,7 +150,23 @@ def _benchmark_shape(
             "executed_forward_flops": None,
             "executed_backward_flops": None,
         }
-        yield _row(name, window, row["implementation"], row, against, needed[window], facts)
+        yield _row(name, shape, window, row["implementation"], row, against, needed[window], facts)
+
+
+class _Packing(NamedTuple):
+    """Programs that build the indices, gather the packed tokens, and negate the tokens' gradients
+    without and with the packed ones' added to them.
+    """
+
+    index: Program
+    gather: Program
+    negate: Program
+    negate_and_add: Program
+
+    def seconds(self) -> dict[str, float]:
+        """What each part of packing takes."""
+        index, gather, negate, both = (statistics.median(program.times) for program in self)
+        return {"index": index, "gather": gather, "transpose": both - negate}
 
 
 class _Call:
@@ -149,7 +175,7 @@ class _Call:
     Args:
       attend: takes queries, keys, values and the last argument of a set.
       sources: of the first set.
-      packing: programs that build the indices and that gather the packed tokens, if any.
+      packing: what packing takes part by part, if there is any.
     """
 
     def __init__(
@@ -162,7 +188,7 @@ class _Call:
         sources: Sequence[RangeSource | TokenSource],
         served: Execution,
         needed: Cost,
-        packing: Sequence[Program] = (),
+        packing: _Packing | None = None,
     ) -> None:
         self.implementation, self.needed = implementation, needed
         self.kind, self.window = kind, window
@@ -192,16 +218,15 @@ class _Call:
     @property
     def programs(self) -> list[Program]:
         """All that is timed."""
-        return [*self._packing, *self._passes.values()]
+        return [*(self._packing or ()), *self._passes.values()]
 
     def measure(self) -> dict[str, Any]:
         """Times of the passes, and of packing."""
-        packing = [statistics.median(program.times) for program in self._packing]
-        shared = packing[0] / INDEX_LAYERS if packing else 0.0
+        packing = {} if self._packing is None else self._packing.seconds()
+        shared = packing.get("index", 0.0) / INDEX_LAYERS
         found = {name: _summary(program.times, shared) for name, program in self._passes.items()}
-        names = ("index_milliseconds", "gather_milliseconds")
         return found | {
-            name: round(1e3 * seconds, 4) for name, seconds in zip(names, packing, strict=False)
+            f"{part}_milliseconds": round(1e3 * seconds, 4) for part, seconds in packing.items()
         }
 
     def facts(self) -> dict[str, Any]:
@@ -229,22 +254,31 @@ def _dense_call(inputs: list[tuple[Array, ...]]) -> _Call:
 
 def _packed(
     inputs: list[tuple[Array, ...]], kind: str, initial: int, window: int
-) -> tuple[list[tuple[Any, ...]], tuple[Program, ...]]:
-    """Sets with packed lists in place of what is chosen; what builds those, and what gathers."""
+) -> tuple[list[tuple[Any, ...]], _Packing | None]:
+    """Sets with packed lists in place of what is chosen; what packing takes."""
     index = jax.jit(lambda chosen: packed_lists(kind, chosen, initial, window))
     sets = [(*arrays, index(chosen)) for *arrays, chosen in inputs]
     if not sets[0][-1]:
-        return sets, ()
+        return sets, None
 
     def gather(queries: Array, keys: Array, values: Array, _: Array, lists: Lists) -> Any:
         sources = kind_sources(kind, queries, keys, values, lists, window)
         packed = gathered(*operands(queries, sources), finite=True)[: len(lists)]
         return [(source.keys, source.values) for source in packed]
 
+    def negate(_: Array, keys: Array, values: Array, *rest: Any) -> tuple[Array, Array]:
+        return -keys, -values
+
+    def negate_and_add(queries: Array, keys: Array, values: Array, _: Array, lists: Lists) -> Any:
+        made = operands(queries, kind_sources(kind, queries, keys, values, lists, window))
+        # there is room to pack every token, so the packed gradients are as large as the tokens'
+        gradients = [*((keys, values) for _ in lists), (-keys, -values)]
+        return [pair for pair in token_gradients(*made, gradients) if pair[0] is not None]
+
     iterations = iterations_for(_SECONDS, len(sets), of_call=_PACKING_SECONDS)
-    return sets, (
+    return sets, _Packing(
         Program(index, [(chosen,) for *_, chosen in inputs], iterations),
-        Program(gather, sets, iterations),
+        *(Program(part, sets, iterations) for part in (gather, negate, negate_and_add)),
     )
 
 
@@ -295,6 +329,7 @@ def _summary(times: Sequence[float], shared: float) -> dict[str, Any]:
 
 def _row(
     name: str,
+    shape: Shape,
     window: int | None,
     implementation: str,
     found: dict[str, Any],
@@ -303,7 +338,6 @@ def _row(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """A row of the report; `against` names speed-ups and what they are over."""
-    shape = SHAPES[name]
     row = {
         "shape": name,
         "window": window,

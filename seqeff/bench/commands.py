@@ -24,6 +24,7 @@ def attention(
     windows: Sequence[int],
     kinds: Sequence[str],
     backends: Sequence[str],
+    density: float | None,
     rivals: bool,
     file: Path | None,
     commit: str | None,
@@ -34,7 +35,7 @@ def attention(
         prepare_rivals()
     facts = {"device": require_gpu("attention")}
     rows = attention_bench.benchmark_attention(
-        names, windows, kinds=kinds, backends=backends, rivals=rivals
+        names, windows, kinds=kinds, backends=backends, density=density, rivals=rivals
     )
     print(attention_bench.HEADER, flush=True)
     _tell("attention", rows, attention_bench.line, facts, file, commit)

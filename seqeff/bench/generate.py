@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,7 @@ from flax import nnx
 
 from seqeff.bench.report import attempt, random_vocabulary
 from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
-from seqeff.models import TransformerConfig, cached_parameters
+from seqeff.models import TransformerConfig
 
 if TYPE_CHECKING:
     from seqeff.training import Train
@@ -105,13 +104,13 @@ def _measure(
         chunks=sorted({min(chunk, prompt), prompt % chunk or chunk}),
     )
     # the same programs: a whole chunk if there is one, and the last
+    given = engine.prepare(parameters)
     short = drawn[:, : prompt if prompt < chunk else chunk + prompt % chunk]
     some = min(tokens, _WARM_UP)
-    _stream(engine, parameters, [Request(prompt=x, tokens=some, sampling=greedy) for x in short])
-    times = _stream(engine, parameters, requests)
+    _stream(engine, given, [Request(prompt=x, tokens=some, sampling=greedy) for x in short])
+    times = _stream(engine, given, requests)
     seconds = times.ended - times.began
     step = seconds / (tokens - 1)
-    given = jax.eval_shape(functools.partial(cached_parameters, config), parameters)
     matrices = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given))
     if not config.tie_embeddings:
         # of the embedding, rows alone are read

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from seqeff.cli.parser import Commands, positive
+from seqeff.cli.parser import Commands, positive, share
 from seqeff.cli.runs import load
 
 
@@ -44,6 +44,8 @@ def add(commands: Commands) -> None:
     attention.add_argument(
         "--backend", nargs="+", choices=backends, default=backends, help="(default: all)"
     )
+    text = "of separators among the tokens (default: each shape's)"
+    attention.add_argument("--density", type=share, metavar="SHARE", help=text)
     attention.add_argument("--rivals", action="store_true", help="PyTorch too, where it is here")
     text = "Decoding attention against the bandwidth of a GPU's memory."
     decode = benchmarks.add("decode", _bench_decode, text)
@@ -94,6 +96,7 @@ def _bench_attention(options: argparse.Namespace, _: Sequence[str]) -> int:
         options.window,
         options.kind,
         options.backend,
+        options.density,
         options.rivals,
         options.json,
         options.commit,

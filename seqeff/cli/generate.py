@@ -89,7 +89,7 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         kept=most_kept_by(program.model, (request for _, request in named)),
     )
     with jax.set_mesh(program.mesh):
-        pieces = engine.stream(parameters, (request for _, request in named))
+        pieces = engine.stream(engine.prepare(parameters), (request for _, request in named))
         if options.prompts is None:
             print(options.prompt or "", end="", flush=True)
             for piece in pieces:

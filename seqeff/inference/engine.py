@@ -28,6 +28,8 @@ _AHEAD = 2
 # from so large a part of the slots on, prompts are read in all of them at once
 _MANY = 4
 _LEAST_KEPT = 256
+# a single row's product with a matrix is computed there by elements, in memory, and then added up
+_LEAST_ROWS = {"gpu": 2}
 
 Reason = Literal["end", "length", "stop"]
 
@@ -107,6 +109,8 @@ class Engine:
 
     Attributes:
       use: of the caches, by the latest stream.
+      rows: of the caches; those past the slots stay empty.
+      prepare: from the parameters of the `Transformer` to those of a stream.
       empty, read, decode: the programs of `slots.py`.
     """
 
@@ -135,11 +139,12 @@ class Engine:
         require(slots >= 1, f"Engine.slots = {slots} must be at least 1")
         require(steps >= 1, f"Engine.steps = {steps} must be at least 1")
         self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
+        self.rows = max(slots, _LEAST_ROWS.get(jax.default_backend(), 1))
         self.tokenizer, self.chunks = tokenizer, chunks
         end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
-        self._parameters = jax.jit(functools.partial(cached_parameters, config))
+        self.prepare = jax.jit(functools.partial(cached_parameters, config))
         self.empty = jax.jit(
-            functools.partial(device.empty_slots, config, size, slots, context or 1, kept)
+            functools.partial(device.empty_slots, config, size, self.rows, context or 1, kept)
         )
         self.read = jax.jit(
             functools.partial(device.read_prompts, config, end), donate_argnames="slots"
@@ -154,13 +159,13 @@ class Engine:
         """Yields what requests give, as it comes; each request is taken when a slot is free.
 
         Args:
-          parameters: of the `Transformer`.
+          parameters: those that `prepare` gives.
 
         Raises:
           UserError: see `check_room`.
         """
         self.use = CacheUse()
-        run = _Run(self, self._parameters(parameters), requests)
+        run = _Run(self, parameters, requests)
         while run.advance():
             yield from run.finished_calls(_AHEAD)
         yield from run.finished_calls(0)
@@ -267,7 +272,7 @@ class _Run:
         self._engine, self._parameters = engine, parameters
         self._requests = enumerate(requests)
         self._slots = engine.empty()
-        self._occupants: list[_Occupant | None] = [None] * engine.slots
+        self._occupants: list[_Occupant | None] = [None] * engine.rows
         self._calls: collections.deque[_Call] = collections.deque()
         self._has_read = False  # by the latest call
 
@@ -308,7 +313,7 @@ class _Run:
     def _admit(self) -> None:
         """Gives the free slots to the next requests."""
         engine = self._engine
-        for slot, occupant in enumerate(self._occupants):
+        for slot, occupant in enumerate(self._occupants[: engine.slots]):
             if occupant is not None and (occupant.reads or occupant.decodes):
                 continue
             self._occupants[slot] = None
@@ -321,8 +326,10 @@ class _Run:
 
     def _read(self, slots: Sequence[int]) -> None:
         """Takes a chunk of the prompt of the first slot, or of each of them where they are many."""
-        count = self._engine.slots
-        rows = None if len(slots) * _MANY >= count else np.asarray(slots[:1])
+        count = self._engine.rows
+        # rows that stay empty would be read for nothing
+        whole = len(slots) * _MANY >= count == self._engine.slots
+        rows = None if whole else np.asarray(slots[:1])
         reading: list[_Occupant | None] = [None] * count
         for slot in slots:
             reading[slot] = self._occupants[slot]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.models.caches import BlockCache, CacheKind, LayersCache, Sizes, aligned, kind_of
 from seqeff.models.heads import Heads
+from seqeff.models.joined import JoinedLayer, joined_parameters, joins
 from seqeff.models.positions import Rotation
 from seqeff.models.transformer import LanguageModel, Layer, TransformerConfig
 
@@ -94,8 +95,8 @@ def most_kept(config: TransformerConfig, tokens: Int[Array, "batch length"], fur
 def cached_parameters(config: TransformerConfig, parameters: Any) -> Any:
     """Parameters of a `CachedTransformer` from those of the `Transformer`, as pure dicts.
 
-    Each layer has its own, and matrices are of the activations' type, in which they are multiplied:
-    a step that takes one token is bound by reading them.
+    Each layer has its own, joined where that can be (`joined.py`). Matrices are of the activations'
+    type, in which they are multiplied: a step that takes one token is bound by reading them.
     """
 
     def cast(x: jax.Array) -> jax.Array:
@@ -105,6 +106,8 @@ def cached_parameters(config: TransformerConfig, parameters: Any) -> Any:
         layer: jax.tree.map(operator.itemgetter(layer), parameters["layers"])
         for layer in range(config.layers)
     }
+    if joins(config):
+        layers = {layer: joined_parameters(config, own) for layer, own in layers.items()}
     return jax.tree.map(cast, {**parameters, "layers": layers})
 
 
@@ -114,8 +117,9 @@ class CachedTransformer(LanguageModel):
     Every layer has parameters and a cache of its own, so that caches are updated in place.
     """
 
-    def make_layers(self, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List[Layer]:
-        return nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+    def make_layers(self, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.List[nnx.Module]:
+        make = JoinedLayer if joins(config) else Layer
+        return nnx.List([make(config, rngs) for _ in range(config.layers)])
 
     @classmethod
     def of(cls, config: TransformerConfig, parameters: Any) -> CachedTransformer:

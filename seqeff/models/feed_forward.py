@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -15,8 +17,18 @@ from seqeff.models import parameters
 from seqeff.models.initialisation import Initialisation
 from seqeff.models.linear import DenseLinear, Linear
 
+
+def _gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """X Phi(x) in float32 (Hendrycks and Gimpel 2016).
+
+    `jax.nn.gelu` takes erfc, of which XLA computes two forms for every element.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
+
+
 _ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": _gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -41,6 +53,13 @@ class FeedForward:
     def __post_init__(self) -> None:
         check_types(self)
         require(self.hidden >= 1, f"FeedForward.hidden = {self.hidden} must be at least 1")
+
+    def activate(
+        self, up: Float[Array, "*rows hidden"], gate: Float[Array, "*rows hidden"] | None
+    ) -> Float[Array, "*rows hidden"]:
+        """What `down` takes, of what `up` and, when gated, `gate` give."""
+        activation = _ACTIVATIONS[self.activation]
+        return activation(up) if gate is None else activation(gate) * up
 
     def make(
         self, width: int, layers: int, initialisation: Initialisation, rngs: nnx.Rngs
@@ -80,7 +99,6 @@ class FeedForwardLayer(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "batch rows width"]) -> Float[Array, "batch rows width"]:
-        activation = _ACTIVATIONS[self.config.activation]
-        hidden = self.up(x)
-        hidden = activation(hidden) if self.gate is None else activation(self.gate(x)) * hidden
+        gate = None if self.gate is None else self.gate(x)
+        hidden = self.config.activate(self.up(x), gate)
         return self.down(parameters.constrain(hidden, None, "tensor"))

@@ -33,7 +33,14 @@ class LayerNorm:
         require(self.epsilon > 0, f"LayerNorm.epsilon = {self.epsilon} must be positive")
 
     def make(self, width: int) -> LayerNormLayer:
-        return LayerNormLayer(width, self.epsilon)
+        return LayerNormLayer(self, width)
+
+    def standardise(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Float32, before scale and bias."""
+        full = x.astype(jnp.float32)
+        full = full - jnp.mean(full, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
+        return full * jax.lax.rsqrt(variance + self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,29 +54,30 @@ class RMSNorm:
         require(self.epsilon > 0, f"RMSNorm.epsilon = {self.epsilon} must be positive")
 
     def make(self, width: int) -> RMSNormLayer:
-        return RMSNormLayer(width, self.epsilon)
+        return RMSNormLayer(self, width)
+
+    def standardise(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Float32, before the scale."""
+        full = x.astype(jnp.float32)
+        square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
+        return full * jax.lax.rsqrt(square + self.epsilon)
 
 
 class LayerNormLayer(nnx.Module):
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, config: LayerNorm, width: int) -> None:
+        self.config = config
         self.scale = parameters.constant((width,), 1.0, PartitionSpec(None))
         self.bias = parameters.constant((width,), 0.0, PartitionSpec(None))
-        self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
-        full = x.astype(jnp.float32)
-        full = full - jnp.mean(full, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
-        normed = full * jax.lax.rsqrt(variance + self.epsilon)
+        normed = self.config.standardise(x)
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class RMSNormLayer(nnx.Module):
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, config: RMSNorm, width: int) -> None:
+        self.config = config
         self.scale = parameters.constant((width,), 1.0, PartitionSpec(None))
-        self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
-        full = x.astype(jnp.float32)
-        square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
-        return (full * jax.lax.rsqrt(square + self.epsilon) * self.scale[...]).astype(x.dtype)
+        return (self.config.standardise(x) * self.scale[...]).astype(x.dtype)

@@ -167,24 +167,32 @@ class Layer(nnx.Module):
           attend: from the layer's heads to what they attend.
         """
         x = parameters.constrain(x, None, None)
-        attended = self.projections.merge(attend(self._heads(self.attention_norm(x), rotation)))
+        heads = self.projections.split(self.attention_norm(x))
+        attended = self.projections.merge(attend(rotated(self.config, *heads, rotation)))
         if self.config.residual == "parallel":
             return x + attended + self.feed_forward(self.feed_forward_norm(x))
         x = x + attended
         return x + self.feed_forward(self.feed_forward_norm(x))
 
-    def _heads(self, x: jax.Array, rotation: Rotation | None) -> Heads:
-        queries, keys, values = self.projections.split(x)
-        positions, head_dim = self.config.positions, queries.shape[-1]
 
-        def turn(x: jax.Array, by: jax.Array) -> jax.Array:
-            further = positions.rotation(by, head_dim, further=True)
-            assert further is not None
-            return positions.rotate(x, further)
+def rotated(
+    config: TransformerConfig,
+    queries: Float[Array, "batch rows heads head_dim"],
+    keys: Float[Array, "batch rows kv_heads head_dim"],
+    values: Float[Array, "batch rows kv_heads head_dim"],
+    rotation: Rotation | None,
+) -> Heads:
+    """A layer's heads, rotated by their positions."""
+    positions, head_dim = config.positions, queries.shape[-1]
 
-        if rotation is not None:
-            queries, keys = (positions.rotate(x, rotation) for x in (queries, keys))
-        return Heads(queries, keys, values, turn if positions.by_place else None)
+    def turn(x: jax.Array, by: jax.Array) -> jax.Array:
+        further = positions.rotation(by, head_dim, further=True)
+        assert further is not None
+        return positions.rotate(x, further)
+
+    if rotation is not None:
+        queries, keys = (positions.rotate(x, rotation) for x in (queries, keys))
+    return Heads(queries, keys, values, turn if positions.by_place else None)
 
 
 class LanguageModel(nnx.Module):

@@ -103,7 +103,7 @@ class Report:
         prompt = [tokenizer.begin_of_text, *tokenizer.encode(config.sample_prompt)]
         prompt = prompt[: config.data.sequence_length // 2]
         request = Request(prompt=prompt, tokens=config.sample_tokens, sampling=config.sampling)
-        pieces = self._engine.stream(state["parameters"], [request])
+        pieces = self._engine.stream(self._engine.prepare(state["parameters"]), [request])
         # what the model saw: a long prompt is cut
         text = tokenizer.decode(prompt) + "".join(piece.text for piece in pieces)
         if record:

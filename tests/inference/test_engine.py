@@ -11,6 +11,7 @@ from flax import nnx
 from seqeff.checks import ConfigError, UserError
 from seqeff.data import Tokenizer
 from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
+from seqeff.inference import engine as engine_module
 from seqeff.models import SeparatorAttention
 from seqeff.models.flops import entries_of_tokens
 from seqeff.models.positions import BilevelPositions
@@ -58,7 +59,7 @@ def parameters_of(model):
 def gather(engine, model, requests):
     """Each request's pieces, joined: text, ids, log-probabilities, and the reason."""
     found = {}
-    for piece in engine.stream(parameters_of(model), requests):
+    for piece in engine.stream(engine.prepare(parameters_of(model)), requests):
         text, tokens, chances, reason = found.get(piece.request, ("", (), (), None))
         assert reason is None
         found[piece.request] = (
@@ -148,6 +149,25 @@ def test_slots_and_steps_change_nothing(made, tokenizer):
     assert all(other == found[0] for other in found)
 
 
+def test_rows_past_the_slots_change_nothing(made, tokenizer, monkeypatch):
+    config, model = made("bounded")
+    expected = gather(Engine(config, tokenizer, slots=1), model, REQUESTS)
+    monkeypatch.setattr(engine_module, "_LEAST_ROWS", {"cpu": 2})
+    engine = Engine(config, tokenizer, slots=1)
+    assert (engine.rows, engine.empty().cache.length.shape) == (2, (2,))
+    most = []
+
+    def watched(*arguments, **named):
+        after, drawn = decode(*arguments, **named)
+        most.append((after.left > 0).sum())
+        return after, drawn
+
+    decode, engine.decode = engine.decode, watched
+    found = gather(engine, model, REQUESTS)
+    assert [x[:2] for x in found] == [x[:2] for x in expected]
+    assert max(most) == 1
+
+
 def test_nothing_compiles_for_other_lengths(made, tokenizer):
     config, model = made("dense")
     engine = Engine(config, tokenizer, slots=5, context=CONTEXT, steps=2)
@@ -179,7 +199,7 @@ def test_the_host_is_behind_the_device(made, tokenizer):
 
     engine.decode = counted
     request = Request(prompt=[3, 4], tokens=9, sampling=GREEDY)
-    ahead = [len(started) for _ in engine.stream(parameters_of(model), [request])]
+    ahead = [len(started) for _ in engine.stream(engine.prepare(parameters_of(model)), [request])]
     # the first token is of the prompt's call
     assert ahead == [2, 3, 4, 5, 6, 7, 8, 8, 8]
 
@@ -252,7 +272,7 @@ def test_requests_are_taken_as_slots_become_free(made, tokenizer):
             taken.append(number)
             yield Request(prompt=[number % 200 + 1], tokens=3, sampling=GREEDY)
 
-    for piece in engine.stream(parameters_of(model), endless()):
+    for piece in engine.stream(engine.prepare(parameters_of(model)), endless()):
         if piece.reason is not None:
             ended.append(piece.request)
         if len(ended) == 20:

@@ -123,7 +123,7 @@ class ModelReader:
             self.use = CacheUse()
             return [list(self._shared(example)) for example in examples]
         texts = [""] * len(examples)
-        for piece in self._engine.stream(self._given, _requests(examples)):
+        for piece in self._engine.stream(self._engine.prepare(self._given), _requests(examples)):
             texts[piece.request] += piece.text
         self.use = self._engine.use
         return [[text] for text in texts]

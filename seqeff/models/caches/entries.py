@@ -43,9 +43,11 @@ def put(
     where: Bool[Array, "batch rows"],
 ) -> Shaped[Array, "batch slots *features"]:
     """Writes entries to slots, where asked to; no two of them to the same."""
-    line = jnp.arange(array.shape[0])[:, None]
-    slot = jnp.where(where, slot, array.shape[1])
-    return array.at[line, slot].set(new.astype(array.dtype), mode="drop")
+    line, capacity = jnp.arange(array.shape[0])[:, None], array.shape[1]
+    # past the end, and there each at a place of its own: they are unique, and thus quick to write
+    slot = jnp.where(where, slot, capacity + jnp.arange(slot.shape[1]))
+    new = new.astype(array.dtype)
+    return array.at[line, slot].set(new, mode="drop", unique_indices=True)
 
 
 def pick(
