@@ -172,7 +172,7 @@ def test_the_transpose_adds_packed_gradients_to_those_of_the_tokens(gpu):
     inputs = attention._inputs(shape)
     sets, packing = attention._packed(inputs, "separators", shape.initial, 7)
     assert packing is not None
-    queries, keys, values, cotangent, lists = sets[0]
+    _, keys, values, *_ = sets[0]
     ((key_gradients, value_gradients),) = packing.negate_and_add.function(*sets[0])
     chosen = np.asarray(inputs[0][-1])
     for tokens, found in ((keys, key_gradients), (values, value_gradients)):

@@ -24,8 +24,8 @@ def attention_table(report: dict[str, Any]) -> str:
         f"On {_origin(report)}:",
         "",
         "| shape | window | implementation | forward, ms | × cuDNN | × flex | TFLOP/s needed | "
-        "forward and backward, ms | × cuDNN | × flex | TFLOP/s needed | gather, ms | transpose, ms | "
-        "indices, ms | executed / needed | deterministic |",
+        "forward and backward, ms | × cuDNN | × flex | TFLOP/s needed | gather, ms | "
+        "transpose, ms | indices, ms | executed / needed | deterministic |",
         f"|{'---|' * 16}",
     ]
     for row in report["results"]:

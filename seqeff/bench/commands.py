@@ -58,6 +58,7 @@ def generate(
     prompt: int,
     tokens: int,
     chunk: int,
+    repeats: int,
     overrides: Sequence[str],
     file: Path | None,
     commit: str | None,
@@ -76,7 +77,13 @@ def generate(
     if gpu.compute_capability() is not None:
         reference = decode_bench.reference_speed(_tell_copies(facts), jax.devices()[0].device_kind)
     rows = generate_bench.benchmark_generation(
-        configs, batch=batch, prompt=prompt, tokens=tokens, chunk=chunk, reference=reference
+        configs,
+        batch=batch,
+        prompt=prompt,
+        tokens=tokens,
+        chunk=chunk,
+        repeats=repeats,
+        reference=reference,
     )
     print(generate_bench.HEADER, flush=True)
     _tell("generate", rows, generate_bench.line, facts, file, commit)

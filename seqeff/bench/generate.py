@@ -47,6 +47,7 @@ def benchmark_generation(
     prompt: int,
     tokens: int,
     chunk: int,
+    repeats: int = 1,
     reference: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields each config's times, of random parameters, after compilation.
@@ -54,18 +55,20 @@ def benchmark_generation(
     A row has `prompt_seconds` until all continuations have begun, then `milliseconds` a step of
     all rows and its `tokens_per_second`, and `whole_tokens_per_second` of the continuations over
     the whole time; `bytes_a_step` are those of the matrices, once, and of the entries read, and
-    `share` what they take of `reference`. All is as users of the engine get it, the host included.
+    `share` what they take of `reference`. All is as users of the engine get it, the host included,
+    of the repeat whose `seconds` are the median; `all_seconds` are of every one, in their order.
 
     Args:
       batch: requests, each with a prompt of its own, all at a time.
       prompt: tokens of a prompt, which the caches take a chunk at a time.
       tokens: of a continuation, the likeliest ones; at least two.
+      repeats: of all requests, timed one after another.
       reference: bytes a second, of a copy.
     """
     for name, config in configs:
         model = config.model.for_vocabulary(random_vocabulary(config.model.vocabulary_size))
         facts = {"config": name, "batch": batch, "prompt": prompt, "chunk": chunk}
-        yield facts | attempt(_measure, model, batch, prompt, tokens, chunk, reference)
+        yield facts | attempt(_measure, model, batch, prompt, tokens, chunk, repeats, reference)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -89,6 +92,7 @@ def _measure(
     prompt: int,
     tokens: int,
     chunk: int,
+    repeats: int,
     reference: float | None,
 ) -> dict[str, Any]:
     parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
@@ -108,7 +112,8 @@ def _measure(
     short = drawn[:, : prompt if prompt < chunk else chunk + prompt % chunk]
     some = min(tokens, _WARM_UP)
     _stream(engine, given, [Request(prompt=x, tokens=some, sampling=greedy) for x in short])
-    times = _stream(engine, given, requests)
+    timed = [_stream(engine, given, requests) for _ in range(repeats)]
+    times = sorted(timed, key=lambda times: times.ended)[(repeats - 1) // 2]
     seconds = times.ended - times.began
     step = seconds / (tokens - 1)
     matrices = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given))
@@ -123,6 +128,8 @@ def _measure(
     return {
         "device": jax.devices()[0].device_kind,
         "dtype": config.dtype,
+        "seconds": round(times.ended, 4),
+        "all_seconds": [round(times.ended, 4) for times in timed],
         "prompt_seconds": round(times.began, 4),
         "prompt_tokens_per_second": round(batch * prompt / times.began),
         "tokens": tokens,
