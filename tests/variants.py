@@ -136,7 +136,7 @@ MASKED = {
     ),
     "gpt-neox, bounded, full layers": (
         "SeparatorGPTNeoXForCausalLM",
-        gpt_neox(attention=BOUNDED, layer_attention={-1: DenseAttention()}, tie_embeddings=True),
+        gpt_neox(attention=BOUNDED, layer_attention={-1: DenseAttention()}),
     ),
     "llama, all kinds": (
         "SeparatorLlamaForCausalLM",

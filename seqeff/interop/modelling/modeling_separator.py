@@ -89,9 +89,10 @@ class SeparatorGPTNeoXForCausalLM(GPTNeoXForCausalLM):
         cache = inputs.get("cache", inputs.get("past_key_values"))
         if inputs.get("inputs_embeds") is not None or getattr(cache, "is_compileable", False):
             raise ValueError("give ids, and leave cache_implementation as it is by default")
-        inputs["attention_mask"] = self.masks(
-            input_ids, attention_mask, rows=inputs["input_ids"].shape[1]
-        )
+        rows, past = inputs["input_ids"].shape[1], 0 if cache is None else cache.get_seq_length()
+        if past + rows != input_ids.shape[1]:
+            raise ValueError("give the ids of all tokens so far, and no prefill_chunk_size")
+        inputs["attention_mask"] = self.masks(input_ids, attention_mask, rows=rows)
         return inputs
 
     def masks(
@@ -111,7 +112,7 @@ class SeparatorGPTNeoXForCausalLM(GPTNeoXForCausalLM):
         if attention_mask is not None and attention_mask.shape != ids.shape:
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}, the ids are {list(ids.shape)}: "
-                "give both of all tokens so far, and no prefill_chunk_size"
+                "give both of all tokens so far"
             )
         real = torch.ones_like(ids) if attention_mask is None else attention_mask
         real = real.to(ids.device, torch.bool)
