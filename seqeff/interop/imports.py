@@ -119,6 +119,7 @@ def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
                 f"vocab_size of config.json is {config.vocabulary_size}; give the tokenizer of "
                 "this model"
             )
+        config = config.for_vocabulary(tokenizer.vocabulary())
         with open_weights(directory) as weights:
             placed = _placed(directory, family, config, weights)
             yield HuggingFaceModel(config, length, tokenizer, tokenizer_from, weights, placed)

@@ -147,6 +147,7 @@ def _read(value: Any) -> Any:
         return {int(layer): _read(item) for layer, item in value.items()}
     fields = {name: _read(item) for name, item in value.items()}
     name = fields.pop(_CLASS)
-    if name not in models.__all__:
+    cls = getattr(models, str(name), None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"there is no class {name!r}")
-    return getattr(models, name)(**fields)
+    return cls(**fields)

@@ -229,6 +229,14 @@ def test_fields_that_cannot_be(fields, message, masked, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
+def test_separators_of_another_tokenizer(masked, tmp_path):
+    fields = {"class": "SeparatorAttention", "separator_ids": [1, 263]}
+    change_settings(masked, seqeff={"attention": fields})
+    line = refused("import", masked, tmp_path / "back")
+    assert "separator ids [263] lie outside the tokenizer's 263 tokens" in line
+    assert not (tmp_path / "back").exists()
+
+
 def test_an_attention_of_elsewhere_is_named(tmp_path):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Other(SeparatorAttention):

@@ -34,6 +34,8 @@ class SeparatorGPTNeoXForCausalLM(GPTNeoXForCausalLM):
 
     def __init__(self, config: SeparatorGPTNeoXConfig) -> None:
         super().__init__(config)
+        if not hasattr(self, "lm_head"):
+            raise ImportError("the head has another name in this transformers: give a later one")
         attention, others = config.seqeff["attention"], config.seqeff["layer_attention"]
         self._methods = []
         for module in self.modules():
