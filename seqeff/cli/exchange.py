@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     importing.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
 
     text = "Write a run's model for other frameworks."
-    exporting = commands.add("export", _export, text)
+    exporting = commands.add("export", _export, text, True)
     text = "the run's directory"
     exporting.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     text = "hf: a directory that Hugging Face transformers loads"
@@ -77,13 +77,13 @@ def _import(options: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _export(options: argparse.Namespace, _: Sequence[str]) -> int:
+def _export(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff import interop
     from seqeff.interop import hub
 
-    run, config, tokenizer = open_run(options, ())
+    run, config, tokenizer = open_run(options, overrides)
     output = options.output or run.path / options.to
-    family = interop.export_model(
+    architecture = interop.export_model(
         run,
         config.model,
         config.data.sequence_length,
@@ -92,7 +92,7 @@ def _export(options: argparse.Namespace, _: Sequence[str]) -> int:
         checkpoint=options.checkpoint,
         dtype=options.dtype,
     )
-    print(f"{family.architecture}: {shown(output.absolute())}")
+    print(f"{architecture}: {shown(output.absolute())}")
     if options.push is not None:
         print(hub.push(output, options.push))
     return 0

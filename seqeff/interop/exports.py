@@ -6,10 +6,11 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from seqeff.interop.tokenizer_files import (
     copy_tokenizer,
     tokenizer_settings,
 )
+from seqeff.interop.variants import VARIANTS, Variant
 from seqeff.interop.weights import some, write_weights
 from seqeff.models import TransformerConfig
 from seqeff.runs import RunDirectory
@@ -50,8 +52,10 @@ def export_model(
     checkpoint: int | None = None,
     dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
-) -> Family:
+) -> str:
     """Writes the model of a run, complete or not at all: config, weights, tokenizer.
+
+    What a family of `transformers` lacks comes with it as a modelling file (`variants.py`).
 
     Args:
       config: of the run's model.
@@ -62,15 +66,16 @@ def export_model(
       shard_bytes: of the largest file of weights.
 
     Returns:
-      The family that it was written as.
+      The architecture that it was written as.
 
     Raises:
-      UserError: no family of `transformers` can express the model, the checkpoint cannot be read,
-        or the directory is there already or cannot be written.
+      UserError: no family of `transformers` can express the model, nor a modelling file, the
+        checkpoint cannot be read, or the directory is there already or cannot be written.
     """
     if output.exists():
         raise UserError(f"{output} exists already; give another --output")
-    family, settings = _expressed(config, run)
+    config = config.for_vocabulary(tokenizer.vocabulary())
+    family, variant, settings = _expressed(config, run)
     shapes = parameter_shapes(config)
     parameters = _parameters(run, shapes, checkpoint)
     cast = DTYPES[dtype]
@@ -86,46 +91,65 @@ def export_model(
                 "eos_token_id": tokenizer.end_of_text,
             }
             _write_json(partial / "config.json", settings)
+            if variant is not None:
+                text = variant.modelling(family)
+                (partial / variant.file).write_text(text, encoding="utf-8")
             _write_tokenizer(run, partial)
             tensors = placements(family.tensors(config), shapes)
-            by_name = {tensor.theirs: tensor for tensor in tensors}
+            # transformers takes earlier names for its own models alone
+            by_name = {tensor.names[-1 if variant else 0]: tensor for tensor in tensors}
             write_weights(
                 partial,
-                {tensor.theirs: math.prod(tensor.shape) * cast.itemsize for tensor in tensors},
+                {name: math.prod(tensor.shape) * cast.itemsize for name, tensor in by_name.items()},
                 lambda name: by_name[name].read(parameters).astype(cast, copy=False),
                 shard_bytes,
             )
             partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return family
+    return settings["architectures"][0]
 
 
-def _expressed(config: TransformerConfig, run: RunDirectory) -> tuple[Family, dict[str, Any]]:
-    """The family that a model is of, and its settings.
+class _Expressed(NamedTuple):
+    """The family that a model is of, the variant of it if it is one, and its settings."""
+
+    family: Family
+    variant: Variant | None
+    settings: dict[str, Any]
+
+
+def _expressed(config: TransformerConfig, run: RunDirectory) -> _Expressed:
+    """How a model is written.
 
     Raises:
-      UserError: it is of none; says what keeps it from the one that comes nearest.
+      UserError: no family and no variant can express it; says what keeps it from the one that comes
+        nearest.
     """
+    variants = [variant for find in VARIANTS if (variant := find(config)) is not None]
     obstacles: dict[str, list[str]] = {}
     shapes = parameter_shapes(config)
-    fitting: list[tuple[Family, dict[str, Any]]] = []
-    for family in FAMILIES:
-        settings = {
-            "architectures": [family.architecture],
-            "model_type": family.model_type,
-            **family.write(config),
-        }
-        found = [
-            *_differences(config, family, settings),
-            *(f"the tensor {name}" for name in without_place(family.tensors(config), shapes)),
-        ]
-        if found:
-            obstacles[family.architecture] = found
-        else:
-            fitting.append((family, settings))
-    if fitting:
-        return max(fitting, key=lambda fit: fit[0].activation == config.feed_forward.activation)
+    for variant in (None, *variants):
+        plain = config if variant is None else variant.plain
+        fitting: list[_Expressed] = []
+        for family in FAMILIES:
+            settings = {
+                "architectures": [family.architecture],
+                "model_type": family.model_type,
+                **family.write(plain),
+            }
+            found = [
+                *(() if variant is None else variant.obstacles),
+                *_differences(plain, family, settings),
+                *(f"the tensor {name}" for name in without_place(family.tensors(plain), shapes)),
+            ]
+            if found:
+                obstacles[family.architecture] = found
+            else:
+                own = {} if variant is None else variant.settings(family)
+                fitting.append(_Expressed(family, variant, settings | own))
+        if fitting:
+            usual = config.feed_forward.activation
+            return max(fitting, key=lambda fit: fit.family.activation == usual)
     nearest = min(obstacles, key=lambda name: len(obstacles[name]))
     raise UserError(
         f"{run.path} is of no family of transformers ({', '.join(obstacles)}); the nearest, "
@@ -143,7 +167,7 @@ def _differences(
         return [str(error)]
     wanted, found = flatten(_canonical(config)), flatten(_canonical(back))
     values = [
-        f"{name} = {value}"
+        f"{name} = {reprlib.repr(value) if isinstance(value, tuple) else value}"
         for name, value in wanted.items()
         if name not in found or found[name] != value
     ]

@@ -17,6 +17,7 @@ from seqeff.interop.family import Family
 from seqeff.interop.settings import Settings
 from seqeff.interop.tensors import Placement, nested, parameter_shapes, placements
 from seqeff.interop.tokenizer_files import copy_tokenizer, tokenizer_directory
+from seqeff.interop.variants import SETTING, read_fields
 from seqeff.interop.weights import WeightFiles, open_weights, some
 from seqeff.models import TransformerConfig
 from seqeff.runs import Origin, RunDirectory, write_atomically
@@ -118,6 +119,7 @@ def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
                 f"vocab_size of config.json is {config.vocabulary_size}; give the tokenizer of "
                 "this model"
             )
+        config = config.for_vocabulary(tokenizer.vocabulary())
         with open_weights(directory) as weights:
             placed = _placed(directory, family, config, weights)
             yield HuggingFaceModel(config, length, tokenizer, tokenizer_from, weights, placed)
@@ -126,8 +128,10 @@ def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
 def _family(settings: Settings) -> Family:
     named = settings.values.get("architectures")
     named = named[0] if isinstance(named, list) and named else named
+    # the classes of a modelling file of ours are called after those of the family
+    variant = SETTING in settings.values
     for family in FAMILIES:
-        if named == family.architecture:
+        if named == family.architecture or (variant and str(named).endswith(family.architecture)):
             return family
     raise UserError(
         f"{settings.place}: the architecture {named!r} is not supported; supported are "
@@ -136,16 +140,18 @@ def _family(settings: Settings) -> Family:
 
 
 def _model(settings: Settings, family: Family) -> TransformerConfig:
-    for name, reason in (
-        ("quantization_config", "quantized weights are not supported; give whole ones"),
-        ("auto_map", "code that comes with a model is never run; give a model without"),
-    ):
+    fields = settings.part(SETTING)
+    reasons = {"quantization_config": "quantized weights are not supported; give whole ones"}
+    if fields is None:
+        reasons["auto_map"] = "code that comes with a model is never run; give a model without"
+    for name, reason in reasons.items():
         if settings.values.get(name):
             raise UserError(f"{settings.place} has {name}: {reason}")
     try:
-        return family.read(settings)
+        config = family.read(settings)
     except ConfigError as error:
         raise UserError(f"{settings.place}: {error}") from error
+    return config if fields is None else read_fields(config, fields)
 
 
 def _placed(

@@ -110,6 +110,17 @@ def test_it_is_evaluated_on_documents_that_are_given(imported, book):
     )
 
 
+def test_separators_that_its_tokenizer_lacks(imported):
+    mask = "--gin.TransformerConfig.attention=@SeparatorAttention()"
+    for changes, message in (
+        (["characters=†"], "characters = '†': no token of the tokenizer ends with any of them"),
+        (["preset=llama3"], "lie outside the tokenizer's 263 tokens"),
+        (["preset=pythia"], "preset = 'pythia' is for another tokenizer"),
+    ):
+        changes = [f"--gin.SeparatorAttention.{change}" for change in changes]
+        assert message in refused("generate", imported, "--prompt", "the ", mask, *changes)
+
+
 def test_it_generates(imported):
     output = done("generate", imported, "--prompt", "the", "--tokens", 5, "--temperature", 0)
     assert output.startswith("the")
@@ -141,7 +152,7 @@ MeshConfig.data = 1
     assert len([line for line in steps_of(run) if "loss" in line]) == 2
     ours, theirs = model_of(run)[1], model_of(imported)[1]
     np.testing.assert_allclose(ours["embedding"], theirs["embedding"], atol=1e-7)
-    assert "SeparatorAttention in layers 0, 1, 2" in refused("export", run, "--to", "hf")
+    assert "SeparatorLlamaForCausalLM" in done("export", run, "--to", "hf")
 
 
 def test_it_is_not_trained_in_place(imported, book):

@@ -6,15 +6,17 @@ import json
 import jax
 import numpy as np
 import pytest
-from hugging_face import VOCABULARY, logits_of, make_run, model_of
+from hugging_face import VOCABULARY, change_settings, logits_of, make_run, model_of
 from safetensors.numpy import load_file
 from tiny_run import files_of, refused, seqeff
-from variants import VARIANTS, gpt_neox, learned, llama
+from variants import BOUNDED, MASKED, PLAIN, VARIANTS, gpt_neox, learned, llama, separators
 
+from seqeff.checks import UserError
+from seqeff.data import Tokenizer
 from seqeff.interop import export_model, open_model
 from seqeff.interop.families import FAMILIES
 from seqeff.models import (
-    DenseAttention,
+    BilevelPositions,
     FeedForward,
     HeadProjections,
     LowRankLinear,
@@ -46,7 +48,7 @@ def test_out_and_in_is_the_same_model_and_out_again_the_same_bytes(variant, tmp_
 
 
 def test_every_family_has_a_variant():
-    assert {name for name, _ in VARIANTS.values()} == {family.architecture for family in FAMILIES}
+    assert {name for name, _ in PLAIN.values()} == {family.architecture for family in FAMILIES}
 
 
 def test_files_of_a_limited_size(tmp_path):
@@ -122,8 +124,17 @@ def low_rank():
     ("model", "message"),
     [
         (
-            gpt_neox(attention=SeparatorAttention(separator_ids=(1, 2))),
-            "nearest, GPTNeoXForCausalLM, has no place for SeparatorAttention in layers 0, 1, 2",
+            gpt_neox(attention=separators(positions="compact")),
+            "nearest, GPTNeoXForCausalLM, has no place for SeparatorAttention.positions = compact "
+            "in layers 0, 1, 2",
+        ),
+        (
+            llama(layer_attention={1: separators(separators=2, cache_entries=12)}),
+            "SeparatorAttention.cache_entries = 12 in layers 1",
+        ),
+        (
+            gpt_neox(attention=BOUNDED, positions=BilevelPositions()),
+            "positions = BilevelPositions, ",
         ),
         (
             low_rank(),
@@ -133,10 +144,6 @@ def low_rank():
         (
             llama(feed_forward=FeedForward(hidden=20, activation="silu")),
             "feed_forward.gated = False",
-        ),
-        (
-            llama(layer_attention={0: DenseAttention(window=3), 1: DenseAttention(window=4)}),
-            "DenseAttention in layers",
         ),
         (
             learned("relu", projections=HeadProjections(heads=3, head_norm=RMSNorm())),
@@ -163,6 +170,98 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
     assert "cannot write" in line
     assert "No space left on device" in line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """The directory of a model with a modelling file."""
+    run = make_run(tmp_path / "masked", MASKED["llama, all kinds"][1])
+    return exported(run, tmp_path / "hf")
+
+
+def test_what_a_modelling_file_comes_with(masked):
+    settings = json.loads((masked / "config.json").read_text())
+    assert settings["architectures"] == ["SeparatorLlamaForCausalLM"]
+    # what does not run the file must not take it for Llama
+    assert settings["model_type"] == "separator_llama"
+    assert settings["auto_map"] == {
+        "AutoConfig": "modeling_separator.SeparatorLlamaConfig",
+        "AutoModelForCausalLM": "modeling_separator.SeparatorLlamaForCausalLM",
+    }
+    attention = settings["seqeff"]["attention"]
+    assert (attention["class"], attention["separators"]) == ("SeparatorAttention", 2)
+    assert attention["separator_ids"] == list(BOUNDED.separator_ids)
+    layers = settings["seqeff"]["layer_attention"]
+    assert layers["0"] == {"class": "DenseAttention", "window": 9}
+    assert sorted(layers) == ["0", "1"]
+    code = (masked / "modeling_separator.py").read_text()
+    assert "class SeparatorLlamaForCausalLM(LlamaForCausalLM):" in code
+    assert "import seqeff" not in code
+    assert "neox" not in code.lower()
+
+
+def test_a_modelling_file_is_not_run(masked, tmp_path):
+    (masked / "modeling_separator.py").write_text("raise SystemExit(1)")
+    done("import", masked, tmp_path / "back")
+    model, _ = model_of(tmp_path / "back")
+    assert model.attentions() == MASKED["llama, all kinds"][1].attentions()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention": {"class": "Path"}}, "seqeff: there is no class 'Path'"),
+        ({"attention": {"class": "DenseAttention", "size": 3}}, "keyword argument 'size'"),
+        ({"attention": {"class": "DenseAttention", "window": "x"}}, "window = 'x' is of type str"),
+        ({"attention": {"class": "DenseAttention", "window": 0}}, "window = 0 must be at least 1"),
+        ({"layer_attention": {"7": {"class": "DenseAttention"}}}, "names layer 7; there are 3"),
+        ({"layer_attention": {"x": {"class": "DenseAttention"}}}, "'x'"),
+        ({"attentions": 3}, "keyword argument 'attentions'"),
+        ({"attention": None}, "attention = None is of type NoneType"),
+        ("x", "seqeff = 'x' is not an object"),
+    ],
+)
+def test_fields_that_cannot_be(fields, message, masked, tmp_path):
+    change_settings(masked, seqeff=fields)
+    line = refused("import", masked, tmp_path / "back")
+    assert message in line
+    assert "config.json: seqeff" in line
+    assert not (tmp_path / "back").exists()
+
+
+def test_separators_of_another_tokenizer(masked, tmp_path):
+    fields = {"class": "SeparatorAttention", "separator_ids": [1, 263]}
+    change_settings(masked, seqeff={"attention": fields})
+    line = refused("import", masked, tmp_path / "back")
+    assert "separator ids [263] lie outside the tokenizer's 263 tokens" in line
+    assert not (tmp_path / "back").exists()
+
+
+def test_an_attention_of_elsewhere_is_named(tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(SeparatorAttention):
+        pass
+
+    config = llama(layer_attention={1: Other(separator_ids=())})
+    run = make_run(tmp_path / "run", llama())
+    with pytest.raises(UserError, match=r"has no place for Other in layers 1$"):
+        export_model(run, config, 48, Tokenizer.load(run.tokenizer), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_separators_that_a_run_is_given_for_its_export(tmp_path):
+    run = make_run(tmp_path / "run", llama())
+    attention = "--gin.TransformerConfig.attention=@SeparatorAttention()"
+    folder = tmp_path / "hf"
+    assert "SeparatorLlama" in done("export", run.path, "--to", "hf", "--output", folder, attention)
+    ids = json.loads((folder / "config.json").read_text())["seqeff"]["attention"]["separator_ids"]
+    texts = [Tokenizer.load(run.tokenizer).vocabulary()[i] for i in ids]
+    assert {".", ","} <= set(texts)
+    assert all(text[-1] in ".,?!;: \t\n" for text in texts)
+    none = "--gin.SeparatorAttention.characters=†"
+    line = refused("export", run.path, "--to", "hf", attention, none)
+    assert "SeparatorAttention.characters = '†': no token of the tokenizer ends with any" in line
+    assert not (run.path / "hf").exists()
 
 
 def test_how_a_model_is_computed_does_not_matter(tmp_path):

@@ -1,4 +1,4 @@
-"""A small model of every variant that a family of transformers can express."""
+"""A small model of every variant that can be exported."""
 
 from hugging_face import LENGTH, VOCABULARY
 
@@ -12,6 +12,7 @@ from seqeff.models import (
     Llama3Scaling,
     RMSNorm,
     Rotary,
+    SeparatorAttention,
     TransformerConfig,
     YarnScaling,
 )
@@ -54,7 +55,7 @@ def learned(activation, **changes):
 
 WINDOWS = {1: DenseAttention(window=5), -1: DenseAttention(window=5)}
 
-VARIANTS = {
+PLAIN = {
     "gpt-neox": ("GPTNeoXForCausalLM", gpt_neox()),
     "gpt-neox, sequential": (
         "GPTNeoXForCausalLM",
@@ -118,3 +119,47 @@ VARIANTS = {
         ),
     ),
 }
+
+
+def separators(**changes):
+    values = {"window": 5, "separator_ids": tuple(range(7, 61))}
+    return SeparatorAttention(**(values | changes))
+
+
+BOUNDED = separators(separators=2)
+STREAMING = separators(separator_ids=(), initial_tokens=4)
+
+MASKED = {
+    "gpt-neox, separators": (
+        "SeparatorGPTNeoXForCausalLM",
+        gpt_neox(attention=separators(initial_of="row")),
+    ),
+    "gpt-neox, bounded, full layers": (
+        "SeparatorGPTNeoXForCausalLM",
+        gpt_neox(attention=BOUNDED, layer_attention={-1: DenseAttention()}),
+    ),
+    "llama, all kinds": (
+        "SeparatorLlamaForCausalLM",
+        llama(attention=BOUNDED, layer_attention={0: DenseAttention(window=9), -2: STREAMING}),
+    ),
+    "llama, windows of layers": (
+        "SeparatorLlamaForCausalLM",
+        llama(layer_attention={0: DenseAttention(window=3), 1: DenseAttention(window=4)}),
+    ),
+    "qwen 2, every fourth": (
+        "SeparatorQwen2ForCausalLM",
+        llama(bias=True, output_bias=False, attention=separators(separator_ids=(), interval=4)),
+    ),
+    "qwen 3, bounded every fourth": (
+        "SeparatorQwen3ForCausalLM",
+        llama(
+            head_norm=RMSNorm(epsilon=1e-5),
+            attention=separators(separators=3, interval=4, initial_tokens=0),
+        ),
+    ),
+    "gpt-2, streaming": ("SeparatorGPT2LMHeadModel", learned("gelu_tanh", attention=STREAMING)),
+    "opt, bounded": ("SeparatorOPTForCausalLM", learned("relu", attention=BOUNDED)),
+}
+"""Those that come with a modelling file."""
+
+VARIANTS = PLAIN | MASKED
