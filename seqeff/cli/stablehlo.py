@@ -64,14 +64,17 @@ def write(
         backend=options.backend or "xla",
         sizes=None if options.sizes is None else dict(options.sizes),
     )
-    *others, last = (f"{name} {size or 'any'}" for name, size in functions.sizes.items())
+    sizes = [name if size is None else f"{name} {size}" for name, size in functions.sizes.items()]
+    listed = f"{', '.join(sizes[:-1])} and {sizes[-1]}"
     directory, example = output.absolute(), shlex.quote(shown(output.absolute() / EXAMPLE))
     return (
-        f"prefill and decode of {', '.join(others)} and {last}: {shown(directory)}\n"
-        f'next:\n  python {example} "The "'
+        f"prefill and decode of {'any ' if options.sizes is None else ''}{listed}: "
+        f'{shown(directory)}\nnext:\n  python {example} "The "'
     )
 
 
 def _size(text: str) -> tuple[str, int]:
-    name, _, number = text.partition("=")
+    name, sign, number = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=N, such as batch=1")
     return name, positive(number)

@@ -202,7 +202,8 @@ def test_what_is_written(runs):
 
 def test_an_export_is_the_same_bytes_again(runs, tmp_path):
     run, again = runs["dense"], tmp_path / "again"
-    assert seqeff("export", run.path, "--to", "stablehlo", "--output", again).status == 0
+    result = seqeff("export", run.path, "--to", "stablehlo", "--output", again)
+    assert f"prefill and decode of any batch, length and context: {again}" in result.output
     assert files_of(again) == files_of(run.path / "stablehlo")
 
 
@@ -224,7 +225,7 @@ def test_other_caches(attention):
     model = dataclasses.replace(llama(attention=attention), layers=1, attention_backend="xla")
     weights = cached_parameters(model, random_parameters(model))
     functions = Functions(model, KNOWN, weights)
-    prefill, decode = (functions.export(name, by_name(weights)) for name in ARGUMENTS)
+    prefill, decode = (functions.exported(name, by_name(weights)) for name in ARGUMENTS)
     tokens, count = TOKENS[:2, :20].astype(np.int32), np.array([20, 7], np.int32)
     own = CachedTransformer.of(model, weights)
 
@@ -265,6 +266,7 @@ def random_parameters(model):
             ("--output", "out", "--sizes", "batch=1", "length=65", "context=127"),
             "has no room for a prompt of length=65, in whole tiles 128: give at least context=128",
         ),
+        (("--output", "out", "--sizes", "batch"), "'batch' is not of the form NAME=N"),
         (("--output", "out", "--sizes", "batch=0"), "'0' is not a whole number of at least 1"),
         (("--output", "out", "--dtype", "bfloat16"), "--dtype is not for --to stablehlo"),
         (("--output", "out", "--backend", "auto"), "which are of fixed sizes: give them"),
@@ -325,4 +327,23 @@ def test_an_attention_that_must_know_sizes():
     model = dataclasses.replace(llama(), attention=Undecided(), attention_backend="xla")
     weights = cached_parameters(model, random_parameters(model))
     with pytest.raises(UserError, match=r"'context' > '100' is inconclusive; give --sizes batch=N"):
-        Functions(model, KNOWN, weights).export("decode")
+        Functions(model, KNOWN, weights).exported("decode")
+
+
+def test_custom_calls_of_kernels(monkeypatch):
+    """Kernels are whole programs to XLA, which another version of jax need not know."""
+
+    def kernel(queries, blocks):
+        shape = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
+        return jax.ffi.ffi_call("triton_kernel_call", shape)(queries), None
+
+    monkeypatch.setattr("seqeff.models.attend.decode_attention", kernel)
+    model = short(llama(), layers=1, attention_backend="auto")
+    weights = cached_parameters(model, random_parameters(model))
+    sizes = {"batch": 1, "length": 64, "context": 64}
+    exported = Functions(model, KNOWN, weights, sizes).exported("decode")
+    assert exported.platforms == (jax.default_backend(),)
+    assert "@triton_kernel_call" in exported.mlir_module()
+    monkeypatch.setattr("seqeff.interop.stablehlo.functions._CUSTOM_CALLS", ())
+    with pytest.raises(ValueError, match="triton_kernel_call"):
+        Functions(model, KNOWN, weights, sizes).exported("decode")

@@ -67,7 +67,7 @@ def export_functions(
     functions = Functions(config, tokenizer.vocabulary_size, arrays, sizes)
     held = by_name(arrays) if weights == "inside" else None
     _check_inside(held or {})
-    exported = {name: functions.export(name, held) for name in ARGUMENTS}
+    exported = {name: functions.exported(name, held) for name in ARGUMENTS}
     about = {
         "row_length": length,
         "most_tokens": config.positions.limit,

@@ -91,7 +91,7 @@ class Functions:
             "logits": self._spec(("batch", vocabulary_size), "float32"),
         }
 
-    def export(self, name: str, weights: Mapping[str, Any] | None = None) -> export.Exported:
+    def exported(self, name: str, weights: Mapping[str, Any] | None = None) -> export.Exported:
         """A function in StableHLO: of the portable backend for every platform, else for this one.
 
         Args:
