@@ -6,10 +6,17 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from seqeff.checks import UserError
+from seqeff.cli import stablehlo
 from seqeff.cli.parser import Commands, add_checkpoint
 from seqeff.cli.runs import open_run, shown
+
+if TYPE_CHECKING:
+    from seqeff import training
+    from seqeff.data import Tokenizer
+    from seqeff.runs import RunDirectory
 
 _USUAL_ROW = 8192
 
@@ -29,13 +36,17 @@ def add(commands: Commands) -> None:
     exporting = commands.add("export", _export, text, True)
     text = "the run's directory"
     exporting.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
-    text = "hf: a directory that Hugging Face transformers loads"
-    exporting.add_argument("--to", choices=("hf",), required=True, help=text)
-    text = "the directory to make (default: RUN_DIR/hf)"
+    text = (
+        "hf: a directory that Hugging Face transformers loads; stablehlo: prefill and decode step, "
+        "which jax loads alone"
+    )
+    exporting.add_argument("--to", choices=("hf", "stablehlo"), required=True, help=text)
+    text = "the directory to make (default: RUN_DIR/hf or RUN_DIR/stablehlo)"
     exporting.add_argument("--output", type=Path, metavar="DIRECTORY", help=text)
     choices = ("float32", "bfloat16", "float16")
-    text = "type of the weights (default: float32, that of training)"
-    exporting.add_argument("--dtype", choices=choices, default="float32", help=text)
+    text = "hf: type of the weights (default: float32, that of training)"
+    exporting.add_argument("--dtype", choices=choices, help=text)
+    stablehlo.add_options(exporting)
     text = "upload it to the hub too, as a private model if the name is new"
     exporting.add_argument("--push", metavar="OWNER/NAME", help=text)
     add_checkpoint(exporting)
@@ -78,11 +89,27 @@ def _import(options: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _export(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from seqeff import interop
     from seqeff.interop import hub
 
+    stablehlo.check_options(options)
     run, config, tokenizer = open_run(options, overrides)
     output = options.output or run.path / options.to
+    write = stablehlo.write if options.to == "stablehlo" else _write_hf
+    print(write(options, run, config, tokenizer, output))
+    if options.push is not None:
+        print(hub.push(output, options.push))
+    return 0
+
+
+def _write_hf(
+    options: argparse.Namespace,
+    run: RunDirectory,
+    config: training.Train,
+    tokenizer: Tokenizer,
+    output: Path,
+) -> str:
+    from seqeff import interop
+
     architecture = interop.export_model(
         run,
         config.model,
@@ -90,9 +117,6 @@ def _export(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         tokenizer,
         output,
         checkpoint=options.checkpoint,
-        dtype=options.dtype,
+        dtype=options.dtype or "float32",
     )
-    print(f"{architecture}: {shown(output.absolute())}")
-    if options.push is not None:
-        print(hub.push(output, options.push))
-    return 0
+    return f"{architecture}: {shown(output.absolute())}"

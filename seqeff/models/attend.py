@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from jax.sharding import PartitionSpec
@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 
 from seqeff.checks import require
 from seqeff.models.parameters import batch_axes, head_axis
+from seqeff_kernels.decode_attention import Backend as BlocksBackend
 from seqeff_kernels.decode_attention import CacheBlock, decode_attention
-from seqeff_kernels.decode_attention import explain as explain_blocks
-from seqeff_kernels.range_attention import Backend, Source, explain, range_attention
+from seqeff_kernels.decode_attention import obstacle as obstacle_of_blocks
+from seqeff_kernels.range_attention import Backend, Source, obstacle, range_attention
 
 
 def attend(
@@ -29,7 +30,7 @@ def attend(
 
     def local(queries: Array, sources: Sequence[Source]) -> Array:
         if backend != "auto":
-            _require_available(backend, explain(queries, sources)[backend])
+            _require_available(backend, obstacle(queries, sources, backend))
         return range_attention(queries, sources, backend=backend)[0]
 
     return _over_mesh(local, queries, sources)
@@ -47,10 +48,9 @@ def attend_blocks(
     """
 
     def local(queries: Array, blocks: Sequence[CacheBlock]) -> Array:
-        answers = {} if backend == "auto" else explain_blocks(queries, blocks)
-        if backend not in answers:
+        if backend == "auto" or backend not in get_args(BlocksBackend):
             return decode_attention(queries, blocks)[0]
-        _require_available(backend, answers[backend])
+        _require_available(backend, obstacle_of_blocks(queries, blocks, backend))
         return decode_attention(queries, blocks, backend=backend)[0]  # pyright: ignore[reportArgumentType]
 
     return _over_mesh(local, queries, blocks)
@@ -95,9 +95,9 @@ def _over_mesh(
     )(queries, *arrays.values())
 
 
-def _require_available(backend: Backend, answer: str) -> None:
+def _require_available(backend: Backend, obstacle: str | None) -> None:
     require(
-        answer == "available",
-        f"TransformerConfig.attention_backend = {backend!r} cannot serve this attention: {answer}; "
-        "give 'auto'",
+        obstacle is None,
+        f"TransformerConfig.attention_backend = {backend!r} cannot serve this attention: "
+        f"{obstacle}; give 'auto'",
     )

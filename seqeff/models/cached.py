@@ -46,15 +46,15 @@ def empty_cache(
       ConfigError: the positions' table is shorter.
     """
     config.require_positions(capacity)
+    kept = capacity if kept is None else min(kept, capacity)
+    return cache_of_sizes(config, batch, aligned(capacity), aligned(kept))
+
+
+def cache_of_sizes(config: TransformerConfig, batch: int, capacity: int, kept: int) -> Cache:
+    """The same with exactly so many slots, which may be symbolic dimensions of `jax.export`."""
     heads = config.projections
-    sizes = Sizes(
-        batch,
-        aligned(capacity),
-        aligned(capacity if kept is None else min(kept, capacity)),
-        heads.groups(),
-        heads.size(config.width),
-        config.dtype,
-    )
+    size = heads.size(config.width)
+    sizes = Sizes(batch, capacity, kept, heads.groups(), size, config.dtype)
     layers = tuple(
         LayersCache.empty(kind_of(attention), end - first, sizes)
         for attention, first, end in config.runs()

@@ -7,6 +7,7 @@ from seqeff_kernels.decode_attention.api import (
     decode_attention,
     execution,
     explain,
+    obstacle,
 )
 from seqeff_kernels.decode_attention.blocks import CacheBlock
 
@@ -18,4 +19,5 @@ __all__ = [
     "decode_attention",
     "execution",
     "explain",
+    "obstacle",
 ]

@@ -136,16 +136,24 @@ def explain(
     """
     blocks = tuple(blocks)
     taken = automatic(queries, blocks, new=new)
-    answers = {
-        name: backend.obstacle(queries, blocks, new) or "available"
-        for name, backend in _BACKENDS.items()
-    }
+    answers = {name: obstacle(queries, blocks, name, new=new) or "available" for name in _BACKENDS}
     passed_over = [name for name in _KERNELS if answers[name] == "available"]
     said = gpu.say_taken(taken, passed_over, queries)
     if taken == "xla" and not passed_over:
         reasons = ", ".join(f"{name} ({answers[name]})" for name in _KERNELS)
         said += f": no kernel can serve: {reasons}"
     return {"auto": said, **answers}
+
+
+def obstacle(
+    queries: Float[Array, "batch rows heads head_dim"],
+    blocks: Sequence[CacheBlock],
+    backend: str,
+    *,
+    new: NewEntries | None = None,
+) -> str | None:
+    """Why a backend cannot serve this attention here, or None; reads shapes and dtypes only."""
+    return _BACKENDS[backend].obstacle(queries, tuple(blocks), new)
 
 
 def _serving(
@@ -156,9 +164,9 @@ def _serving(
         return automatic(queries, blocks, new=new)
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
-    obstacle = _BACKENDS[backend].obstacle(queries, blocks, new)
-    if obstacle:
-        raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
+    found = obstacle(queries, blocks, backend, new=new)
+    if found:
+        raise ValueError(f"backend {backend!r} cannot serve this attention: {found}")
     return backend
 
 

@@ -5,6 +5,7 @@ from seqeff_kernels.range_attention.api import (
     automatic,
     execution,
     explain,
+    obstacle,
     range_attention,
 )
 from seqeff_kernels.range_attention.cost import Cost, cost
@@ -26,6 +27,7 @@ __all__ = [
     "execution",
     "explain",
     "gather",
+    "obstacle",
     "pack",
     "range_attention",
 ]

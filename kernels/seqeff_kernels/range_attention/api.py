@@ -109,10 +109,7 @@ def explain(
     """
     sources = tuple(sources)
     taken = automatic(queries, sources)
-    answers = {
-        name: backend.obstacle(queries, sources) or "available"
-        for name, backend in _BACKENDS.items()
-    }
+    answers = {name: obstacle(queries, sources, name) or "available" for name in _BACKENDS}
     passed_over = [name for name in _KERNELS if answers[name] == "available"]
     said = gpu.say_taken(taken, passed_over, queries)
     if taken == "xla" and not passed_over:
@@ -121,15 +118,22 @@ def explain(
     return {"auto": said, **answers}
 
 
+def obstacle(
+    queries: Float[Array, "batch rows heads head_dim"], sources: Sequence[Source], backend: str
+) -> str | None:
+    """Why a backend cannot serve this attention here, or None; reads shapes and dtypes only."""
+    return _BACKENDS[backend].obstacle(queries, tuple(sources))
+
+
 def _serving(backend: str, queries: Array, sources: tuple[Source, ...]) -> str:
     """The backend asked for, or what `auto` takes; raises ValueError where it cannot serve."""
     if backend == "auto":
         return automatic(queries, sources)
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
-    obstacle = _BACKENDS[backend].obstacle(queries, sources)
-    if obstacle:
-        raise ValueError(f"backend {backend!r} cannot serve this attention: {obstacle}")
+    found = obstacle(queries, sources, backend)
+    if found:
+        raise ValueError(f"backend {backend!r} cannot serve this attention: {found}")
     return backend
 
 

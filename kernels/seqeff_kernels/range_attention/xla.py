@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import min_dim
 from jaxtyping import Bool, Float, Int
 
 from seqeff_kernels.range_attention.cost import tile_bounds, tile_range
@@ -75,10 +76,20 @@ def tile_sizes(rows: int, entries: int) -> tuple[int, int]:
 
     On CPUs small tiles win, as they stay in the cache; on accelerators every tile costs a kernel
     launch. Few rows, as in decoding, take more entries at once.
+
+    Args:
+      rows: of the call. A symbolic dimension of `jax.export` must be a multiple of `tile_side()`.
+      entries: of the source; any symbolic dimension serves.
     """
-    side = 64 if jax.default_backend() == "cpu" else 256
-    tile_rows = min(rows, side)
-    return tile_rows, min(entries, max(side, min(16 * side, side * side // tile_rows)))
+    side = tile_side()
+    tile_rows = min_dim(rows, side)
+    most = max(side, min(16 * side, side * side // tile_rows))
+    return tile_rows, min_dim(entries, most)
+
+
+def tile_side() -> int:
+    """Rows and entries of a tile where there are as many."""
+    return 64 if jax.default_backend() == "cpu" else 256
 
 
 class _RowTiles(NamedTuple):
