@@ -1,8 +1,15 @@
-"""Tasks of lm-evaluation-harness in local files, one for each kind of request."""
+"""Tasks of lm-evaluation-harness in local files, one for each kind of request, and models."""
 
+import functools
 import random
 
+import pytest
+from hugging_face import model_of
 from tiny_run import WORDS, sentence, write_json_lines
+
+from seqeff import config
+from seqeff.data import Tokenizer
+from seqeff.runs import RunDirectory
 
 TASKS = ("local_choice", "local_word", "local_text", "local_answer")
 # texts go past the context of every run of the tests
@@ -74,3 +81,28 @@ def write_tasks(folder):
         text = _COMMON.format(name=name, data=data) + _OWN[name]
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return folder
+
+
+def harness_model(path):
+    """The model of a run directory, four rows at a time."""
+    from seqeff.evaluation.harness._model import HarnessModel
+
+    run = RunDirectory(path)
+    tokenizer = Tokenizer.load(run.tokenizer)
+    train = config.load(run.operative_config).root
+    return HarnessModel(
+        train.model.for_vocabulary(tokenizer.vocabulary()),
+        model_of(path)[1],
+        tokenizer,
+        context=train.data.sequence_length,
+        slots=4,
+    )
+
+
+@pytest.fixture
+def local_tasks(monkeypatch):
+    """Without the harness's own tasks, which take seconds to list."""
+    import lm_eval.tasks
+
+    local = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", local)

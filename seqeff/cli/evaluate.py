@@ -60,7 +60,7 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--depths", nargs="+", type=float, metavar="DEPTH", help=text)
     text = "with --retrieval: of each task, length and depth (default: 10)"
     evaluate.add_argument("--examples", type=positive, help=text)
-    text = "with --retrieval or --harness: another one gives other examples"
+    text = "with --retrieval or --harness: for other examples (default: 0, or the harness's)"
     evaluate.add_argument("--seed", type=int, help=text)
     text = "with --retrieval: hide what is asked in this text"
     evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
@@ -294,7 +294,8 @@ def _run_harness(
             seed=options.seed,
         )
     print(command.table(found))
-    facts = {"limit": options.limit, "context": context, "seeds": seeds}
+    facts = {"limit": options.limit, "context": context}
+    facts |= {"seeds": {**seeds, "sampling": options.seed or 0}}
     facts |= {**model_facts(config.model, tokenizer), **_origin(options, overrides, run)}
     write_report(options.json, "harness", command.rows(found), facts)
     return 0

@@ -1,21 +1,15 @@
 """Tasks of lm-evaluation-harness: the same scores as by its own backend for transformers."""
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 import tokenizers
-from harness_tasks import TASKS, write_tasks
-from hugging_face import END_OF_TEXT, LENGTH, model_of, write_tokenizer
+from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
+from hugging_face import END_OF_TEXT, LENGTH, write_tokenizer
 from tiny_run import seqeff
 
-from seqeff import config
-from seqeff.data import Tokenizer
 from seqeff.evaluation.harness import command
-from seqeff.runs import RunDirectory
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation", "local_tasks")]
 _TOKENS = 263
 
 
@@ -27,32 +21,6 @@ def torch():
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("harness") / "tasks")
-
-
-@pytest.fixture
-def local_tasks(monkeypatch):
-    """Without the harness's own, which take seconds to list."""
-    import lm_eval.tasks
-
-    local = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", local)
-
-
-def ours(path):
-    from seqeff.evaluation.harness._model import HarnessModel
-
-    run = RunDirectory(path)
-    _, parameters = model_of(path)
-    tokenizer = Tokenizer.load(run.tokenizer)
-    train = config.load(run.operative_config).root
-    model = train.model.for_vocabulary(tokenizer.vocabulary())
-    return HarnessModel(
-        model,
-        jax.tree.map(jax.numpy.asarray, parameters),
-        tokenizer,
-        context=train.data.sequence_length,
-        slots=4,
-    )
 
 
 def theirs(folder):
@@ -95,23 +63,23 @@ def responses(found, task):
     return [response for sample in found["samples"][task] for (response,) in sample["resps"]]
 
 
-def test_a_run_that_was_trained_here(finished, tasks, torch, local_tasks, tmp_path, capfd):
+def test_a_run_that_was_trained_here(finished, tasks, torch, tmp_path, capfd):
     out = tmp_path / "out"
     result = seqeff("export", finished, "--to", "hf", "--output", out)
     assert result.status == 0, result.errors
     hf = theirs(out)
-    found = evaluated(ours(finished), tasks)
+    found = evaluated(harness_model(finished), tasks)
     # some contexts were too long, in scoring and in generating
     assert capfd.readouterr().err.count("lose their beginnings") == 2
     equal(found, evaluated(hf, tasks))
     greedy = [response[1] for response in responses(found, "local_choice")]
     assert 0 < sum(greedy) < len(greedy)
-    shots = evaluated(ours(finished), tasks, ["local_choice"], shots=1)
+    shots = evaluated(harness_model(finished), tasks, ["local_choice"], shots=1)
     equal(shots, evaluated(hf, tasks, ["local_choice"], shots=1))
     assert responses(shots, "local_choice") != responses(found, "local_choice")
 
 
-def test_a_tokenizer_that_begins_texts(tasks, torch, local_tasks, tmp_path):
+def test_a_tokenizer_that_begins_texts(tasks, torch, tmp_path):
     transformers = pytest.importorskip("transformers")
     settings = transformers.LlamaConfig(
         # transformers draws ids without text too, as only random models do
@@ -143,8 +111,8 @@ def test_a_tokenizer_that_begins_texts(tasks, torch, local_tasks, tmp_path):
     run = tmp_path / "run"
     result = seqeff("import", folder, run)
     assert result.status == 0, result.errors
-    assert ours(run).tok_encode("a")[0] == ours(run).prefix_token_id
-    found = evaluated(ours(run), tasks)
+    assert harness_model(run).tok_encode("a")[0] == harness_model(run).prefix_token_id
+    found = evaluated(harness_model(run), tasks)
     equal(found, evaluated(theirs(folder), tasks))
     # stop strings have ended some of them
     written = responses(found, "local_answer")

@@ -168,8 +168,10 @@ class HarnessModel(TemplateLM):
         """
         given = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
         stops = handle_stop_sequences(given.pop("until"), eos=self._tokens.end_of_text_name)
-        tokens, drawn = given.pop("max_gen_toks"), given.pop("do_sample")
-        sampling: dict[str, Any] = {"top_k": None, "seed": self._seed + number}
+        tokens = given.pop("max_gen_toks")
+        # a temperature is left above 0 only where a task says `do_sample`, or says neither
+        given.pop("do_sample")
+        sampling: dict[str, Any] = {"temperature": 0.0, "top_k": None, "seed": self._seed + number}
         sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
         for name, value in given.items():
             if _NEUTRAL.get(name) != value:
@@ -179,8 +181,6 @@ class HarnessModel(TemplateLM):
                 f"a task generates up to {tokens} tokens, which leaves no room for a prompt in the "
                 f"context of {self._context}; --context gives more"
             )
-        if not drawn:
-            sampling = {"temperature": 0.0}
         return Request(
             prompt=self.tok_encode(prompt) or [self.prefix_token_id],
             tokens=tokens,

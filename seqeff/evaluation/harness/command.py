@@ -100,6 +100,8 @@ def table(found: Mapping[str, Any]) -> str:
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """An object a task or group, with `metrics` by the harness's names, METRIC,FILTER.
 
+    Where it has no standard error, that is None.
+
     A task's `sha256` is of its documents, prompts and targets, as the harness's own `task_hashes`.
     """
     samples, made = found.get("samples", {}), []
@@ -108,7 +110,11 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "task": name,
             "version": found["versions"].get(name),
             "shots": found["n-shot"].get(name),
-            "metrics": {key: value for key, value in result.items() if "," in key},
+            "metrics": {
+                key: None if value == "N/A" else value
+                for key, value in result.items()
+                if "," in key
+            },
         }
         if name in samples:
             hashes = "".join(sample[f"{kind}_hash"] for sample in samples[name] for kind in _HASHED)
