@@ -16,6 +16,7 @@ from seqeff.cli.runs import open_run, restore
 if TYPE_CHECKING:
     from seqeff import training
     from seqeff.data import Tokenizer
+    from seqeff.models import TransformerConfig
     from seqeff.runs import RunDirectory
 
 
@@ -98,12 +99,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _retrieve(options, overrides, run, config, tokenizer)
     if options.harness:
         return _run_harness(options, overrides, run, config, tokenizer)
-    if any(getattr(x, "cache_entries", None) is not None for x in config.model.attentions()):
-        print(
-            "seqeff: held-out rows are scored with the mask, not with the cache of "
-            "SeparatorAttention.cache_entries; --streaming BOOK... reads through that",
-            file=sys.stderr,
-        )
+    _tell_mask(config.model)
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
@@ -148,7 +144,8 @@ def _check_evaluation(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is of held-out documents; leave it out with --{kind}")
     for name in dict.fromkeys(name for _, names in _KINDS.values() for name in names):
         kinds = [kind for kind, (_, names) in _KINDS.items() if name in names]
-        if getattr(options, name) not in (None, False) and not set(kinds) & set(given):
+        value = getattr(options, name)
+        if value is not None and value is not False and not set(kinds) & set(given):
             usage = " or ".join(f"--{kind} {_KINDS[kind][0]}..." for kind in kinds)
             raise UserError(f"--{name.replace('_', '-')} is for {usage}; give both")
 
@@ -270,35 +267,55 @@ def _run_harness(
     check_files(options.json, None)
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots {options.shots} must not be negative")
+    seed = options.seed or 0
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed} must be at least 0, below 2**32")
+    _tell_mask(config.model)
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = options.context or model.positions.limit or length
     model.require_positions(context)
-    tasks = command.load_tasks(options.harness, include=options.include_path, shots=options.shots)
-    if told := comparison.warning(model, context, length):
-        print(f"seqeff: {told}", file=sys.stderr)
+    loaded = command.load_tasks(
+        options.harness, include=options.include_path, shots=options.shots, seed=options.seed
+    )
+    # needs the package that loads them
     from seqeff.evaluation.harness._model import HarnessModel
 
+    if told := comparison.warning(model, context, length):
+        print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
     with jax.set_mesh(program.mesh):
-        found, seeds = command.evaluate(
+        found = command.evaluate(
             HarnessModel(
                 program.model,
                 parameters,
                 tokenizer,
                 context=context,
                 slots=options.slots or SLOTS,
-                seed=options.seed or 0,
+                seed=seed,
             ),
-            tasks,
-            limit=options.limit,
-            seed=options.seed,
+            loaded.tasks,
+            options.limit,
         )
     print(command.table(found))
-    facts = {"limit": options.limit, "context": context}
-    facts |= {"seeds": {**seeds, "sampling": options.seed or 0}}
-    facts |= {**model_facts(config.model, tokenizer), **_origin(options, overrides, run)}
+    facts = {
+        "limit": options.limit,
+        "context": context,
+        "seeds": {**loaded.seeds, "sampling": seed},
+        **model_facts(config.model, tokenizer),
+        **_origin(options, overrides, run),
+    }
     write_report(options.json, "harness", command.rows(found), facts)
     return 0
+
+
+def _tell_mask(model: TransformerConfig) -> None:
+    """Says that rows are scored in another way than the model decodes, if they are."""
+    if any(getattr(x, "cache_entries", None) is not None for x in model.attentions()):
+        print(
+            "seqeff: whole rows are scored with the mask, not with the cache of "
+            "SeparatorAttention.cache_entries; --streaming BOOK... reads through that",
+            file=sys.stderr,
+        )
 
 
 def _origin(

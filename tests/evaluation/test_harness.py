@@ -126,10 +126,12 @@ def test_the_tasks_of_the_harness(finished, monkeypatch, no_devices):
         (["--harness", "locl_text"], "--harness locl_text: no such task; did you mean 'local_text"),
         (["--harness", "damaged.yaml"], "a task cannot be loaded: ParserError: while parsing"),
         (["--harness", "absent.yaml"], "cannot be loaded: FileNotFoundError: Unable to find"),
-        (["--harness", "unsafe.yaml"], "--harness unsafe: this task runs code of the model"),
+        (["--harness", "column.yaml"], "cannot be loaded: UndefinedError: 'body' is undefined"),
+        (["--harness", "unsafe.yaml"], "--harness unsafe: this task runs code that the model"),
         (["--harness", "local_text", "--include-path", "no"], "--include-path no: no such folder"),
         (["--harness", "local_text", "--json", "no/x.json"], "--json no/x.json: there is no fol"),
         (["--harness", "local_text", "--shots", -1], "--shots -1 must not be negative"),
+        (["--harness", "local_text", "--seed", 2**32], "--seed 4294967296 must be at least 0, be"),
         (["--harness", "local_text", "--limit", 0], "--limit: '0' is not a whole number"),
         (["--harness", "local_text", "--lengths", 9], "--lengths is for --retrieval TASK...; give"),
         (["--harness", "local_text", "--batches", 1], "leave it out with --harness"),
@@ -143,6 +145,7 @@ def test_what_is_refused(finished, tasks, tmp_path, monkeypatch, no_devices, opt
     own = (tasks / "local_text.yaml").read_text()
     absent = own.replace("data.jsonl", "absent.jsonl")
     (tmp_path / "absent.yaml").write_text(absent)
+    (tmp_path / "column.yaml").write_text(own.replace("{{text}}", "{{body}}"))
     unsafe = own.replace("task: local_text", "task: unsafe\nunsafe_code: true")
     (tmp_path / "unsafe.yaml").write_text(unsafe)
     before = sorted(tmp_path.iterdir())

@@ -30,8 +30,8 @@ def theirs(folder):
 
 
 def evaluated(model, tasks, names=TASKS, shots=None):
-    loaded = command.load_tasks(names, include=tasks, shots=shots)
-    return command.evaluate(model, loaded, limit=None, seed=3)[0]
+    loaded = command.load_tasks(names, include=tasks, shots=shots, seed=3)
+    return command.evaluate(model, loaded.tasks, limit=None)
 
 
 def equal(found, expected):

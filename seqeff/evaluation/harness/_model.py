@@ -171,7 +171,11 @@ class HarnessModel(TemplateLM):
         tokens = given.pop("max_gen_toks")
         # a temperature is left above 0 only where a task says `do_sample`, or says neither
         given.pop("do_sample")
-        sampling: dict[str, Any] = {"temperature": 0.0, "top_k": None, "seed": self._seed + number}
+        sampling: dict[str, Any] = {
+            "temperature": 0.0,
+            "top_k": None,
+            "seed": (self._seed + number) % 2**32,
+        }
         sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
         for name, value in given.items():
             if _NEUTRAL.get(name) != value:

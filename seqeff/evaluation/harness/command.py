@@ -10,7 +10,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,25 +21,38 @@ from seqeff.data.files import nearest
 _RESAMPLED = 1000
 # what a task's hash is of
 _HASHED = ("doc", "prompt", "target")
+# attributes of tasks that are more than text in and text out
+_REFUSED = {"UNSAFE_CODE": "runs code that the model writes", "MULTIMODAL": "is not of text alone"}
 
 
-def load_tasks(names: Sequence[str], *, include: Path | None, shots: int | None) -> Any:
-    """Tasks and groups with their data, which are downloaded where they are not local.
+class Loaded(NamedTuple):
+    """Tasks with their data.
+
+    Attributes:
+      tasks: what `lm_eval.evaluate` takes.
+      seeds: of what draws the examples, by its name.
+    """
+
+    tasks: Any
+    seeds: Mapping[str, int]
+
+
+def load_tasks(
+    names: Sequence[str], *, include: Path | None, shots: int | None, seed: int | None
+) -> Loaded:
+    """Tasks and groups; their data are downloaded where they are not local.
 
     Args:
       names: tasks, groups, tags, patterns of them, or YAML files.
       include: a folder whose YAML files are tasks too.
-      shots: examples before each question, for all tasks whose own file does not say 0; None: as
-        they say.
-
-    Returns:
-      What `lm_eval.evaluate` takes.
+      shots: examples before each question, but for tasks whose own file says 0; None: as they say.
+      seed: None: those that are usual in the harness.
 
     Raises:
       UserError: lm-evaluation-harness is absent; a task is unknown, cannot be loaded, or needs
         more than a language model.
     """
-    _require_harness()
+    seeds = _seed(seed)
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     if include is not None and not include.is_dir():
@@ -48,45 +61,34 @@ def load_tasks(names: Sequence[str], *, include: Path | None, shots: int | None)
     specs = [spec for name in names for spec in _meant(manager, name)]
     loaded = _load(manager, list(dict.fromkeys(specs)))
     for name, task in loaded["tasks"].items():
-        for refused in ("UNSAFE_CODE", "MULTIMODAL"):
+        for refused, what in _REFUSED.items():
             if getattr(task, refused, False):
-                what = "runs code of the model" if refused == "UNSAFE_CODE" else "is not of text"
                 raise UserError(f"--harness {name}: this task {what}, which is not done here")
         own = task.get_config("num_fewshot")
-        if own is None or (shots is not None and own != 0):
+        if shots and own == 0:
+            print(
+                f"seqeff: {name} has no examples by its own file, with --shots too", file=sys.stderr
+            )
+        elif shots is not None or own is None:
             task.set_config(key="num_fewshot", value=shots or 0)
-    return loaded
+        task.set_fewshot_seed(seed=seeds["shots"])
+    return Loaded(loaded, seeds)
 
 
-def evaluate(
-    model: Any, tasks: Any, *, limit: int | None, seed: int | None
-) -> tuple[Mapping[str, Any], Mapping[str, int]]:
-    """What the harness finds, and its seeds.
+def evaluate(model: Any, tasks: Any, limit: int | None) -> Mapping[str, Any]:
+    """What the harness finds.
 
     Args:
       model: an `lm_eval.api.model.LM`.
-      tasks: of `load_tasks`.
+      tasks: those loaded.
       limit: documents of each task; None: all.
-      seed: None: the harness's own.
     """
     import lm_eval  # pyright: ignore[reportMissingImports]
-    from lm_eval import defaults  # pyright: ignore[reportMissingImports]
 
-    own = {
-        "random": defaults.DEFAULT_RANDOM_SEED,
-        "numpy": defaults.DEFAULT_OTHER_SEED,
-        "shots": defaults.DEFAULT_OTHER_SEED,
-    }
-    seeds = {name: value if seed is None else seed for name, value in own.items()}
-    random.seed(seeds["random"])
-    np.random.seed(seeds["numpy"])
-    for task in tasks["tasks"].values():
-        task.set_fewshot_seed(seed=seeds["shots"])
     # standard errors come from a pool of forks otherwise, which the threads of JAX may hang
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):
-        found = lm_eval.evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLED)
-    return found, seeds
+        return lm_eval.evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLED)
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -127,13 +129,23 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return json.loads(json.dumps(made, default=_plain))
 
 
-def _require_harness() -> None:
+def _seed(seed: int | None) -> Mapping[str, int]:
+    """Seeds Python's and NumPy's draws, and says what with."""
     try:
-        import lm_eval  # pyright: ignore[reportMissingImports]  # noqa: F401
+        from lm_eval import defaults  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise UserError(
             "--harness needs lm-evaluation-harness: pip install 'seqeff[harness]'"
         ) from error
+    usual = {
+        "random": defaults.DEFAULT_RANDOM_SEED,
+        "numpy": defaults.DEFAULT_OTHER_SEED,
+        "shots": defaults.DEFAULT_OTHER_SEED,
+    }
+    seeds = {name: value if seed is None else seed for name, value in usual.items()}
+    random.seed(seeds["random"])
+    np.random.seed(seeds["numpy"])
+    return seeds
 
 
 def _meant(manager: Any, name: str) -> list[str]:
