@@ -31,6 +31,7 @@ _PACKAGES = (
     "datasets",
     "gin-config",
     "wandb",
+    "lm_eval",
     "jax-cuda13-plugin",
     "jax-triton",
     "triton",

@@ -346,7 +346,7 @@ def test_a_full_disk(tiny, finished, tmp_path):
         (["train", "a.gin", "--dryrun"], "arguments: --dryrun; did you mean --dry-run?; see"),
         (["train", "a.gin", "--A.b=1"], "arguments: --A.b=1; did you mean --gin.A.b=1?; see"),
         (["train", "."], ". is a directory; give a gin file"),
-        (["eval", "--streaming", "book.txt", "run"], "RUN_DIR (before --streaming BOOK... or --"),
+        (["eval", "--streaming", "book.txt", "run"], "RUN_DIR (before --streaming BOOK..., --"),
         (["eval", "run", "--batches", "x"], "argument --batches: 'x' is not a whole number of"),
         (["train", "a.gin", "--gin.Train.steps"], "--gin.Train.steps has no value"),
         (["info", "--gin.Train.steps=3"], "seqeff info takes no --gin overrides"),

@@ -16,17 +16,27 @@ from seqeff.cli.runs import open_run, restore
 if TYPE_CHECKING:
     from seqeff import training
     from seqeff.data import Tokenizer
+    from seqeff.models import TransformerConfig
     from seqeff.runs import RunDirectory
 
 
 _METHODS = ("dense", "streamingllm", "own")
+# what is evaluated in place of held-out rows: how that is asked for, and the options of it alone
+_KINDS = {
+    "streaming": ("BOOK", ("method", "carry", "per_book", "chunk", "state")),
+    "retrieval": (
+        "TASK",
+        ("lengths", "depths", "examples", "seed", "filler", "slots", "plot"),
+    ),
+    "harness": ("TASK", ("include_path", "limit", "shots", "context", "seed", "slots")),
+}
 
 
 def add(commands: Commands) -> None:
     """The command and its arguments."""
-    text = "Score a run on its held-out documents, on long texts as streams, or on retrieval."
+    text = "Score a run on its held-out documents, long texts, retrieval, or lm-evaluation-harness."
     evaluate = commands.add("eval", _evaluate, text, True)
-    text = "the run's directory; give it before --streaming and --retrieval"
+    text = "the run's directory; give it before --streaming, --retrieval and --harness"
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     evaluate.add_argument("--batches", type=positive, help="at most so many batches")
     text = "scores of so many equal parts of the rows too, by the tokens' places in their documents"
@@ -51,14 +61,24 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--depths", nargs="+", type=float, metavar="DEPTH", help=text)
     text = "with --retrieval: of each task, length and depth (default: 10)"
     evaluate.add_argument("--examples", type=positive, help=text)
-    text = "with --retrieval: another one gives other examples (default: 0)"
+    text = "with --retrieval or --harness: for other examples (default: 0, or the harness's)"
     evaluate.add_argument("--seed", type=int, help=text)
     text = "with --retrieval: hide what is asked in this text"
     evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
-    text = "with --retrieval: prompts at a time (default: 16)"
+    text = "with --retrieval or --harness: prompts at a time (default: 16)"
     evaluate.add_argument("--slots", type=positive, help=text)
     text = "with --retrieval: a heat map of what is found"
     evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
+    text = "run tasks of lm-evaluation-harness: their names, patterns of names, or YAML files"
+    evaluate.add_argument("--harness", nargs="+", metavar="TASK", help=text)
+    text = "with --harness: a folder with YAML files of further tasks"
+    evaluate.add_argument("--include-path", type=Path, metavar="FOLDER", help=text)
+    text = "with --harness: documents of each task at most"
+    evaluate.add_argument("--limit", type=positive, metavar="DOCUMENTS", help=text)
+    text = "with --harness: examples before each question (default: as the task says)"
+    evaluate.add_argument("--shots", type=int, metavar="EXAMPLES", help=text)
+    text = "with --harness: of prompt and answer (default: the positions there are, else the row)"
+    evaluate.add_argument("--context", type=positive, metavar="TOKENS", help=text)
     text = "write the results to this file"
     evaluate.add_argument("--json", type=Path, help=text)
     add_checkpoint(evaluate)
@@ -77,12 +97,9 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _stream(options, overrides, run, config, tokenizer)
     if options.retrieval:
         return _retrieve(options, overrides, run, config, tokenizer)
-    if any(getattr(x, "cache_entries", None) is not None for x in config.model.attentions()):
-        print(
-            "seqeff: held-out rows are scored with the mask, not with the cache of "
-            "SeparatorAttention.cache_entries; --streaming BOOK... reads through that",
-            file=sys.stderr,
-        )
+    if options.harness:
+        return _run_harness(options, overrides, run, config, tokenizer)
+    _tell_mask(config.model)
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
         raise UserError("the run has no validation documents: Data.holdout is 0")
@@ -119,17 +136,18 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _check_evaluation(options: argparse.Namespace) -> None:
     """Refuses options that would do nothing."""
-    if options.streaming and options.retrieval:
-        raise UserError("--streaming and --retrieval are two commands; leave one out")
-    for kind, name in itertools.product(("streaming", "retrieval"), ("batches", "positions")):
-        if getattr(options, kind) and getattr(options, name):
+    given = [kind for kind in _KINDS if getattr(options, kind)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} are two commands; leave one out")
+    for kind, name in itertools.product(given, ("batches", "positions")):
+        if getattr(options, name):
             raise UserError(f"--{name} is of held-out documents; leave it out with --{kind}")
-    for name in ("method", "carry", "per_book", "chunk", "state"):
-        if getattr(options, name) and not options.streaming:
-            raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
-    for name in ("lengths", "depths", "examples", "seed", "filler", "slots", "plot"):
-        if getattr(options, name) is not None and not options.retrieval:
-            raise UserError(f"--{name} is for --retrieval TASK...; give both")
+    for name in dict.fromkeys(name for _, names in _KINDS.values() for name in names):
+        kinds = [kind for kind, (_, names) in _KINDS.items() if name in names]
+        value = getattr(options, name)
+        if value is not None and value is not False and not set(kinds) & set(given):
+            usage = " or ".join(f"--{kind} {_KINDS[kind][0]}..." for kind in kinds)
+            raise UserError(f"--{name.replace('_', '-')} is for {usage}; give both")
 
 
 def _stream(
@@ -201,7 +219,6 @@ def _retrieve(
     from seqeff.bench.report import write_report
     from seqeff.evaluation import comparison
     from seqeff.evaluation.retrieval import ModelReader, command
-    from seqeff.training.checkpoints import CheckpointStore
 
     command.check_files(options.json, options.plot)
     length = config.data.sequence_length
@@ -219,13 +236,7 @@ def _retrieve(
     if told := comparison.warning(model, max(grid.lengths), length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
-    with CheckpointStore(run.checkpoints) as store:
-        latest = store.latest()
-    facts = command.facts(grid, config.model, tokenizer) | {
-        "run": str(run.path),
-        "checkpoint": latest if options.checkpoint is None else options.checkpoint,
-        "overrides": overrides,
-    }
+    facts = command.facts(grid, config.model, tokenizer) | _origin(options, overrides, run)
     groups = [cell.examples for cell in cells]
     slots = options.slots or SLOTS
     with jax.set_mesh(program.mesh):
@@ -236,3 +247,87 @@ def _retrieve(
             options.plot,
         )
     return 0
+
+
+def _run_harness(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    run: RunDirectory,
+    config: training.Train,
+    tokenizer: Tokenizer,
+) -> int:
+    import jax
+
+    from seqeff.bench.report import write_report
+    from seqeff.evaluation import comparison
+    from seqeff.evaluation.facts import model_facts
+    from seqeff.evaluation.harness import command
+    from seqeff.evaluation.retrieval.command import check_files
+
+    check_files(options.json, None)
+    if options.shots is not None and options.shots < 0:
+        raise UserError(f"--shots {options.shots} must not be negative")
+    seed = options.seed or 0
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed} must be at least 0, below 2**32")
+    _tell_mask(config.model)
+    model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
+    context = options.context or model.positions.limit or length
+    model.require_positions(context)
+    loaded = command.load_tasks(
+        options.harness, include=options.include_path, shots=options.shots, seed=options.seed
+    )
+    # needs the package that loads them
+    from seqeff.evaluation.harness._model import HarnessModel
+
+    if told := comparison.warning(model, context, length):
+        print(f"seqeff: {told}", file=sys.stderr)
+    program, parameters = restore(run, config, tokenizer, options.checkpoint)
+    with jax.set_mesh(program.mesh):
+        found = command.evaluate(
+            HarnessModel(
+                program.model,
+                parameters,
+                tokenizer,
+                context=context,
+                slots=options.slots or SLOTS,
+                seed=seed,
+            ),
+            loaded.tasks,
+            options.limit,
+        )
+    print(command.table(found))
+    facts = {
+        "limit": options.limit,
+        "context": context,
+        "seeds": {**loaded.seeds, "sampling": seed},
+        **model_facts(config.model, tokenizer),
+        **_origin(options, overrides, run),
+    }
+    write_report(options.json, "harness", command.rows(found), facts)
+    return 0
+
+
+def _tell_mask(model: TransformerConfig) -> None:
+    """Says that rows are scored in another way than the model decodes, if they are."""
+    if any(getattr(x, "cache_entries", None) is not None for x in model.attentions()):
+        print(
+            "seqeff: whole rows are scored with the mask, not with the cache of "
+            "SeparatorAttention.cache_entries; --streaming BOOK... reads through that",
+            file=sys.stderr,
+        )
+
+
+def _origin(
+    options: argparse.Namespace, overrides: Sequence[str], run: RunDirectory
+) -> dict[str, Any]:
+    """Which parameters were evaluated, for a report."""
+    from seqeff.training.checkpoints import CheckpointStore
+
+    with CheckpointStore(run.checkpoints) as store:
+        latest = store.latest()
+    return {
+        "run": str(run.path),
+        "checkpoint": latest if options.checkpoint is None else options.checkpoint,
+        "overrides": overrides,
+    }

@@ -45,9 +45,9 @@ class Parser(argparse.ArgumentParser):
     """Tells a mistake on one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
-        # what stands after `--streaming` is a book, and after `--retrieval` a task
+        # what stands after `--streaming` is a book, and after the others a task
         if self.prog == "seqeff eval" and "RUN_DIR" in message:
-            message += " (before --streaming BOOK... or --retrieval TASK...)"
+            message += " (before --streaming BOOK..., --retrieval TASK... or --harness TASK...)"
         chosen = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         near = _nearest(chosen[1], re.findall(r"[\w-]+", chosen[2])) if chosen else ""
         raise UserError(f"{message}{near}; see {self.prog} --help")

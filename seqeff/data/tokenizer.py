@@ -61,12 +61,14 @@ class Tokenizer:
       end_of_text_name: how the vocabulary spells it.
       begin_of_text: the id that opens every document of the token stream: the one that the
         `tokenizer.json` itself puts before a text (Llama), else `end_of_text`.
+      begins_texts: whether the `tokenizer.json` itself puts `begin_of_text` before a text.
       fingerprint: SHA-256 of the tokenizer's canonical JSON and `end_of_text`.
     """
 
     end_of_text: int
     end_of_text_name: str
     begin_of_text: int
+    begins_texts: bool
     fingerprint: str
 
     def __init__(self, inner: tokenizers.Tokenizer, end_of_text: str) -> None:
@@ -79,7 +81,8 @@ class Tokenizer:
         self.end_of_text = _required_id(inner, end_of_text)
         # what is added to nothing
         added = inner.encode("", add_special_tokens=True).ids
-        self.begin_of_text = added[0] if len(added) == 1 else self.end_of_text
+        self.begins_texts = len(added) == 1
+        self.begin_of_text = added[0] if self.begins_texts else self.end_of_text
         self._settings: dict[str, Any] = json.loads(inner.to_str())
         identity = canonical_json([self._settings, self.end_of_text])
         self.fingerprint = hashlib.sha256(identity).hexdigest()

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from seqeff.checks import UserError, flatten
+from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.data.files import nearest
+from seqeff.evaluation.facts import model_facts
 from seqeff.evaluation.retrieval.example import Task
 from seqeff.evaluation.retrieval.grid import Cell, Grid, Result, evaluate
 from seqeff.evaluation.retrieval.haystack import Filler
@@ -82,8 +83,7 @@ def facts(grid: Grid, model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         "seed": grid.seed,
         "examples": grid.examples,
         "tasks": {name: _settings(task) for name, task in grid.tasks.items()},
-        "model": {path: _plain(value) for path, value in flatten(model).items()},
-        "tokenizer": tokenizer.fingerprint,
+        **model_facts(model, tokenizer),
     }
 
 
@@ -149,7 +149,3 @@ def _settings(task: Any) -> dict[str, Any]:
     if (filler := fields.pop("filler", None)) is not None:
         fields["filler_sha256"] = filler.sha256
     return {"class": type(task).__name__, **fields}
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, type(None))) else repr(value)

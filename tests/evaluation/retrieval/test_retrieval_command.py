@@ -145,7 +145,7 @@ def test_without_matplotlib(finished, tmp_path, monkeypatch, no_devices):
         (["--retrieval", "mqar", "--batches", 1], "leave it out with --retrieval"),
         (["--retrieval", "mqar", "--carry"], "--carry is for --streaming BOOK...; give both"),
         (["--retrieval", "mqar", "--streaming", "b"], "--streaming and --retrieval are two"),
-        (["--seed", 0], "--seed is for --retrieval TASK...; give both"),
+        (["--seed", 0], "--seed is for --retrieval TASK... or --harness TASK...; give"),
         (["--lengths", 9], "--lengths is for --retrieval TASK...; give both"),
     ],
 )

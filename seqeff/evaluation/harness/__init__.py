@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, which is needed only where they are run."""

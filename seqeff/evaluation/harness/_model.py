@@ -1,0 +1,205 @@
+"""A run's model as lm-evaluation-harness asks for it.
+
+Needs that package, so it is no module that configs find classes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+    get_rolling_token_windows,
+    make_disjoint_window,
+)
+from tqdm import tqdm
+
+from seqeff.checks import UserError
+from seqeff.data import Tokenizer
+from seqeff.evaluation.harness.likelihood import Likelihoods, Pair, Score
+from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
+from seqeff.models import TransformerConfig
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# settings of generation that change nothing at these values
+_NEUTRAL = {"num_beams": 1}
+
+
+class HarnessModel(TemplateLM):
+    """Answers the harness's requests as its own `hf` backend does for an exported model.
+
+    Texts get the token before them that the tokenizer's own file adds, and nothing else; what is
+    too long for the context loses its beginning. Unlike there, special tokens are never read from
+    a text.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        parameters: Any,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        slots: int,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+          config: of the model, knowing its vocabulary.
+          parameters: of the `Transformer`.
+          context: tokens that a text has at most, and a prompt with its continuation.
+          slots: rows that are scored, and requests that are continued, at a time.
+          seed: of the first request that is drawn; each further one has the next.
+        """
+        super().__init__()
+        self._config, self._parameters, self._tokens = config, parameters, tokenizer
+        self._context, self._slots, self._seed = context, slots, seed
+        self._likelihoods = Likelihoods(config, parameters, rows=slots, length=context)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokens.begin_of_text
+
+    @property
+    def max_length(self) -> int:
+        return self._context
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens to generate where a task does not say; as in the `hf` backend."""
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokens.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        ids = self._tokens.encode(string)
+        if self._tokens.begins_texts and add_special_tokens is not False:
+            return [self._tokens.begin_of_text, *ids]
+        return ids
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """The bar of `_loglikelihood_tokens` is enough."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        return list(self._scores([Pair(*pair) for _, *pair in requests]))
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[float]:
+        windows: list[Pair] = []
+        counts = []
+        for request in requests:
+            (text,) = request.args
+            found = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self._context, context_len=1
+            )
+            before = len(windows)
+            windows += [Pair(*make_disjoint_window(window)) for window in found]
+            counts.append(len(windows) - before)
+        scores = iter(self._scores(windows))
+        return [sum(next(scores).log_probability for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        if not requests:
+            return []
+        whole = [self._request(number, *x.args) for number, x in enumerate(requests)]
+        self._tell_cut(len(x.prompt) + x.tokens > self._context for x in whole)
+        made = [
+            dataclasses.replace(x, prompt=x.prompt[-(self._context - x.tokens) :]) for x in whole
+        ]
+        # the longest first, so that the last to end are short
+        order = sorted(range(len(made)), key=lambda n: (-len(made[n].prompt), n))
+        ordered = [made[number] for number in order]
+        most = max(len(request.prompt) + request.tokens for request in made)
+        engine = Engine(
+            self._config,
+            self._tokens,
+            slots=min(self._slots, len(made)),
+            context=generation_context(self._config, most),
+            kept=most_kept_by(self._config, made),
+        )
+        tokens: list[list[int]] = [[] for _ in made]
+        with _bar("generated", len(made)) as bar:
+            for piece in engine.stream(self._parameters, ordered):
+                tokens[order[piece.request]] += piece.tokens
+                bar.update(piece.reason is not None)
+        return [
+            postprocess_generated_text(self._tokens.decode(ids), list(request.stops), None)
+            for ids, request in zip(tokens, made, strict=True)
+        ]
+
+    def _scores(self, pairs: Sequence[Pair]) -> list[Score]:
+        longest = max((len(pair.continuation) for pair in pairs), default=0)
+        if longest > self._context:
+            raise UserError(
+                f"a continuation has {longest} tokens, more than the context of {self._context}; "
+                "--context gives more"
+            )
+        self._tell_cut(sum(map(len, pair)) > self._context + 1 for pair in pairs)
+        with _bar("scored", len(pairs)) as bar:
+            return self._likelihoods.scores(pairs, bar.update)
+
+    def _request(self, number: int, prompt: str, settings: Mapping[str, Any]) -> Request:
+        """What a request for generation asks the engine for.
+
+        Raises:
+          UserError: it asks for what the engine does not have, or leaves no room for a prompt.
+        """
+        given = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
+        stops = handle_stop_sequences(given.pop("until"), eos=self._tokens.end_of_text_name)
+        tokens = given.pop("max_gen_toks")
+        # a temperature is left above 0 only where a task says `do_sample`, or says neither
+        given.pop("do_sample")
+        sampling: dict[str, Any] = {
+            "temperature": 0.0,
+            "top_k": None,
+            "seed": (self._seed + number) % 2**32,
+        }
+        sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
+        for name, value in given.items():
+            if _NEUTRAL.get(name) != value:
+                raise UserError(f"a task asks to generate with {name} = {value}, which is not here")
+        if tokens >= self._context:
+            raise UserError(
+                f"a task generates up to {tokens} tokens, which leaves no room for a prompt in the "
+                f"context of {self._context}; --context gives more"
+            )
+        return Request(
+            prompt=self.tok_encode(prompt) or [self.prefix_token_id],
+            tokens=tokens,
+            sampling=Sampling(**sampling),
+            stops=stops,
+        )
+
+    def _tell_cut(self, cut: Iterable[bool]) -> None:
+        if count := sum(cut):
+            print(
+                f"seqeff: {count:,} texts are longer than the context of {self._context} and lose "
+                "their beginnings; --context gives more",
+                file=sys.stderr,
+            )
+
+
+def _bar(what: str, total: int) -> Any:
+    return tqdm(total=total, desc=what, disable=None, dynamic_ncols=True)
