@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqeff.checks import UserError
-from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, positive
-from seqeff.cli.runs import open_run, restore
+from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, positive, share
+from seqeff.cli.runs import facts, open_with, restore
 
 if TYPE_CHECKING:
-    from seqeff import training
-    from seqeff.data import Tokenizer
-    from seqeff.runs import RunDirectory
-
+    from seqeff.evaluation import StreamResult
 
 _METHODS = ("dense", "streamingllm", "own")
 
@@ -43,12 +40,15 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--chunk", type=positive, help=text)
     text = "with --streaming: keep the streams in this folder, and go on from there"
     evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
-    text = "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all)"
+    text = (
+        "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all, and "
+        "their settings, such as --gin.AssociativeRecall.pairs=64)"
+    )
     evaluate.add_argument("--retrieval", nargs="+", metavar="TASK", help=text)
     text = "with --retrieval: of prompt and answer (default: the run's row)"
     evaluate.add_argument("--lengths", nargs="+", type=positive, metavar="TOKENS", help=text)
     text = "with --retrieval: where answers stand, from 0 to 1 (default: 0 0.25 0.5 0.75 1)"
-    evaluate.add_argument("--depths", nargs="+", type=float, metavar="DEPTH", help=text)
+    evaluate.add_argument("--depths", nargs="+", type=share, metavar="DEPTH", help=text)
     text = "with --retrieval: of each task, length and depth (default: 10)"
     evaluate.add_argument("--examples", type=positive, help=text)
     text = "with --retrieval: another one gives other examples (default: 0)"
@@ -72,11 +72,12 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.evaluation import Perplexity, make_evaluate
 
     _check_evaluation(options)
-    run, config, tokenizer = open_run(options, overrides)
     if options.streaming:
-        return _stream(options, overrides, run, config, tokenizer)
+        return _stream(options, overrides)
     if options.retrieval:
-        return _retrieve(options, overrides, run, config, tokenizer)
+        return _retrieve(options, overrides)
+    run, loaded, tokenizer = open_with(options, overrides, ())
+    config = loaded.root
     if any(getattr(x, "cache_entries", None) is not None for x in config.model.attentions()):
         print(
             "seqeff: held-out rows are scored with the mask, not with the cache of "
@@ -112,8 +113,8 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 f"{f'{first}-{end - 1}':>15}{part.tokens:12,}{part.loss:9.4f}"
                 f"{part.perplexity:12.2f}{part.bits_per_byte:11.4f}"
             )
-    facts = {"run": str(run.path), "overrides": overrides, "data": run.data_fingerprint()}
-    write_report(options.json, "perplexity", rows, facts)
+    known = facts(run, loaded, tokenizer, options.checkpoint) | {"documents": batches.contents}
+    write_report(options.json, "perplexity", rows, known)
     return 0
 
 
@@ -132,19 +133,15 @@ def _check_evaluation(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is for --retrieval TASK...; give both")
 
 
-def _stream(
-    options: argparse.Namespace,
-    overrides: Sequence[str],
-    run: RunDirectory,
-    config: training.Train,
-    tokenizer: Tokenizer,
-) -> int:
+def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
     from seqeff.evaluation import Stream, StreamResult, comparison, require_positions
     from seqeff.training.program import run_model
 
+    run, loaded, tokenizer = open_with(options, overrides, ())
+    config = loaded.root
     model, sizes = run_model(config, tokenizer.vocabulary()), tokenizer.byte_lengths()
     wanted = options.method or _METHODS
     variants = comparison.methods(model)
@@ -166,6 +163,9 @@ def _stream(
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
     rows: dict[str, list[StreamResult]] = {}
     results = []
+    known = facts(run, loaded, tokenizer, options.checkpoint) | {
+        "books": {book.name: book.sha256 for book in books}
+    }
     print(comparison.HEADER, flush=True)
     with jax.set_mesh(program.mesh):
         for method, book, result in comparison.compare(
@@ -181,7 +181,7 @@ def _stream(
             found = rows.setdefault(method, [])
             found.append(result)
             results.append({"method": method, "book": book.name, **result.as_metrics()})
-            write_report(options.json, "streaming", results, {"overrides": overrides})
+            write_report(options.json, "streaming", results, known)
             if options.per_book:
                 print(comparison.line(f"  {book.name}"[:21], result), flush=True)
             if len(found) == len(books):
@@ -189,50 +189,36 @@ def _stream(
     return 0
 
 
-def _retrieve(
-    options: argparse.Namespace,
-    overrides: Sequence[str],
-    run: RunDirectory,
-    config: training.Train,
-    tokenizer: Tokenizer,
-) -> int:
+def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
     from seqeff.evaluation import comparison
     from seqeff.evaluation.retrieval import ModelReader, command
-    from seqeff.training.checkpoints import CheckpointStore
 
     command.check_files(options.json, options.plot)
-    length = config.data.sequence_length
-    grid = command.grid(
-        options.retrieval,
-        lengths=options.lengths or [length],
-        depths=options.depths,
-        examples=options.examples,
-        seed=options.seed,
-        filler=options.filler,
+    given = ("lengths", "depths", "examples", "seed", "filler")
+    bindings = command.bindings(
+        options.retrieval, **{name: getattr(options, name) for name in given}
     )
+    run, loaded, tokenizer = open_with(options, [*bindings, *overrides], ["Retrieval"])
+    config, (retrieval,) = loaded.root, loaded.others
+    length = config.data.sequence_length
+    longest = max(retrieval.lengths, default=length)
     model = config.model.for_vocabulary(tokenizer.vocabulary())
-    model.require_positions(max(grid.lengths))
-    cells = list(grid.cells(tokenizer))
-    if told := comparison.warning(model, max(grid.lengths), length):
+    model.require_positions(longest)
+    cells = list(retrieval.cells(tokenizer, length))
+    if told := comparison.warning(model, longest, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
-    with CheckpointStore(run.checkpoints) as store:
-        latest = store.latest()
-    facts = command.facts(grid, config.model, tokenizer) | {
-        "run": str(run.path),
-        "checkpoint": latest if options.checkpoint is None else options.checkpoint,
-        "overrides": overrides,
-    }
+    known = facts(run, loaded, tokenizer, options.checkpoint) | {"seed": retrieval.seed}
     groups = [cell.examples for cell in cells]
     slots = options.slots or SLOTS
     with jax.set_mesh(program.mesh):
         command.run(
             ModelReader.fitting(program.model, parameters, tokenizer, groups, slots),
             cells,
-            lambda results: write_report(options.json, "retrieval", results, facts),
+            lambda results: write_report(options.json, "retrieval", results, known),
             options.plot,
         )
     return 0

@@ -44,6 +44,11 @@ class Book(NamedTuple):
     name: str
     tokens: Int[np.ndarray, " tokens"]
 
+    @property
+    def sha256(self) -> str:
+        """Of the token ids, as little-endian int32."""
+        return hashlib.sha256(self.tokens.astype("<i4").tobytes()).hexdigest()
+
 
 class Sums(NamedTuple):
     """Over tokens: their loss, their number, their bytes; entries read, and the most resident."""

@@ -94,9 +94,7 @@ class Engine:
         end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
         self._parameters = jax.jit(functools.partial(cached_parameters, config))
         self.empty = jax.jit(
-            functools.partial(
-                device.empty_slots, config, size, context=context or 1, kept=kept
-            ),
+            functools.partial(device.empty_slots, config, size, context=context or 1, kept=kept),
             static_argnames="count",
         )
         self.read = jax.jit(

@@ -18,9 +18,9 @@ THINGS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Needle:
-    """The needle in a haystack of Kamradt 2023 ("LLMTest_NeedleInAHaystack")."""
+    """The needle in a haystack of Kamradt 2023 ("LLMTest_NeedleInAHaystack"), of changing facts."""
 
     filler: Filler = Filler()
 

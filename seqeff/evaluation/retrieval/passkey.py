@@ -13,10 +13,10 @@ from seqeff.evaluation.retrieval.haystack import Filler, hide, new, number, word
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passkey:
-    """The pass key of Mohtashami and Jaggi 2023 ("Landmark Attention").
+    """The pass key of Mohtashami and Jaggi 2023 ("Landmark Attention", arXiv 2305.16300).
 
     Attributes:
-      digits: of the key.
+      digits: of the key; the paper's has up to five.
     """
 
     digits: int = 5

@@ -123,9 +123,7 @@ class ModelReader:
             for example in examples
         ]
 
-    def _continuations(
-        self, requests: Iterable[Request], prefix: Sequence[int] = ()
-    ) -> list[str]:
+    def _continuations(self, requests: Iterable[Request], prefix: Sequence[int] = ()) -> list[str]:
         """The text that each request gives."""
         texts: dict[int, str] = collections.defaultdict(str)
         for piece in self._engine.stream(self._parameters, requests, prefix):
