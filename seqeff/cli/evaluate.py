@@ -26,7 +26,10 @@ def add(commands: Commands) -> None:
     text = "the run's directory; give it before --streaming and --retrieval"
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     evaluate.add_argument("--batches", type=positive, help="at most so many batches")
-    text = "scores of so many equal parts of the rows too, by the tokens' places in their documents"
+    text = (
+        "scores of so many equal parts too: of the rows, by the tokens' places in their documents, "
+        "or of each text of --streaming"
+    )
     evaluate.add_argument("--positions", type=positive, metavar="PARTS", help=text)
     text = "read these texts as streams, in constant memory, with and without separators"
     evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
@@ -57,7 +60,7 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
     text = "with --retrieval: prompts at a time (default: 16)"
     evaluate.add_argument("--slots", type=positive, help=text)
-    text = "with --retrieval: a heat map of what is found"
+    text = "draw what is found: with --positions curves, with --retrieval a heat map"
     evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
     text = "write the results to this file"
     evaluate.add_argument("--json", type=Path, help=text)
@@ -70,6 +73,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.bench.report import write_report
     from seqeff.data import place, prepare_validation
     from seqeff.evaluation import Perplexity, make_evaluate
+    from seqeff.evaluation.plot import curves
 
     _check_evaluation(options)
     if options.streaming:
@@ -113,8 +117,11 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 f"{f'{first}-{end - 1}':>15}{part.tokens:12,}{part.loss:9.4f}"
                 f"{part.perplexity:12.2f}{part.bits_per_byte:11.4f}"
             )
-    known = facts(run, loaded, tokenizer, options.checkpoint) | {"documents": batches.contents}
+    known = facts(options, run, loaded, tokenizer) | {"documents": batches.contents}
     write_report(options.json, "perplexity", rows, known)
+    if options.plot:
+        middles = [length * (part + 0.5) / parts for part in range(parts)]
+        curves(middles, {run.path.name: found}, "tokens of context", options.plot)
     return 0
 
 
@@ -122,38 +129,53 @@ def _check_evaluation(options: argparse.Namespace) -> None:
     """Refuses options that would do nothing."""
     if options.streaming and options.retrieval:
         raise UserError("--streaming and --retrieval are two commands; leave one out")
-    for kind, name in itertools.product(("streaming", "retrieval"), ("batches", "positions")):
+    for kind, name in (
+        ("streaming", "batches"),
+        ("retrieval", "batches"),
+        ("retrieval", "positions"),
+    ):
         if getattr(options, kind) and getattr(options, name):
-            raise UserError(f"--{name} is of held-out documents; leave it out with --{kind}")
+            raise UserError(f"--{name} is not for --{kind}; leave one out")
     for name in ("method", "carry", "per_book", "chunk", "state"):
         if getattr(options, name) and not options.streaming:
             raise UserError(f"--{name.replace('_', '-')} is for --streaming BOOK...; give both")
-    for name in ("lengths", "depths", "examples", "seed", "filler", "slots", "plot"):
+    for name in ("lengths", "depths", "examples", "seed", "filler", "slots"):
         if getattr(options, name) is not None and not options.retrieval:
             raise UserError(f"--{name} is for --retrieval TASK...; give both")
+    for name in ("json", "plot"):
+        file = getattr(options, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"--{name} {file}: there is no folder {file.parent}; make it")
+    if options.plot is not None:
+        from seqeff.evaluation.plot import check_plot
+
+        if not options.positions and not options.retrieval:
+            raise UserError(f"--plot {options.plot} draws --positions PARTS; give both")
+        check_plot(options.plot)
 
 
 def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
-    from seqeff.evaluation import Stream, StreamResult, comparison, require_positions
+    from seqeff.evaluation import Book, Stream, StreamResult, comparison, require_positions
+    from seqeff.evaluation.plot import curves
     from seqeff.training.program import run_model
 
     run, loaded, tokenizer = open_with(options, overrides, ())
     config = loaded.root
     model, sizes = run_model(config, tokenizer.vocabulary()), tokenizer.byte_lengths()
-    wanted = options.method or _METHODS
+    wanted, parts = options.method or _METHODS, options.positions or 1
     variants = comparison.methods(model)
     own = list(variants)[-1]
     streams = {
-        name: Stream(variant, sizes, options.chunk or 512)
+        name: Stream(variant, sizes, options.chunk or 512, parts)
         for name, variant in variants.items()
         if name.lower() in wanted or (name == own and "own" in wanted)
     }
     if not streams and "dense" not in wanted:
         raise UserError(f"this attention has no stream but its own, {own}; give --method own")
-    books = comparison.read_books(tokenizer, options.streaming)
+    books = [Book.read(tokenizer, file) for file in options.streaming]
     length = config.data.sequence_length
     if streams:
         require_positions(model, books, options.carry)
@@ -163,9 +185,7 @@ def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
     rows: dict[str, list[StreamResult]] = {}
     results = []
-    known = facts(run, loaded, tokenizer, options.checkpoint) | {
-        "books": {book.name: book.sha256 for book in books}
-    }
+    known = facts(options, run, loaded, tokenizer)
     print(comparison.HEADER, flush=True)
     with jax.set_mesh(program.mesh):
         for method, book, result in comparison.compare(
@@ -175,17 +195,26 @@ def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             tokenizer,
             books,
             length=length if "dense" in wanted else None,
+            parts=parts,
             carry=options.carry,
             state=options.state,
         ):
             found = rows.setdefault(method, [])
             found.append(result)
-            results.append({"method": method, "book": book.name, **result.as_metrics()})
+            named = {"method": method, "book": book.name, "sha256": book.sha256}
+            results.append(named | result.as_metrics())
             write_report(options.json, "streaming", results, known)
             if options.per_book:
                 print(comparison.line(f"  {book.name}"[:21], result), flush=True)
             if len(found) == len(books):
                 print(comparison.line(method, StreamResult.total(found)), flush=True)
+    if options.positions:
+        totals = {method: StreamResult.total(found) for method, found in rows.items()}
+        print(*comparison.by_part(totals), sep="\n")
+        if options.plot:
+            middles = [100 * (part + 0.5) / parts for part in range(parts)]
+            lines = {method: result.parts for method, result in totals.items()}
+            curves(middles, lines, "part of each text, %", options.plot)
     return 0
 
 
@@ -196,7 +225,6 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.evaluation import comparison
     from seqeff.evaluation.retrieval import ModelReader, command
 
-    command.check_files(options.json, options.plot)
     given = ("lengths", "depths", "examples", "seed", "filler")
     bindings = command.bindings(
         options.retrieval, **{name: getattr(options, name) for name in given}
@@ -211,7 +239,7 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if told := comparison.warning(model, longest, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
-    known = facts(run, loaded, tokenizer, options.checkpoint) | {"seed": retrieval.seed}
+    known = facts(options, run, loaded, tokenizer) | {"seed": retrieval.seed}
     groups = [cell.examples for cell in cells]
     slots = options.slots or SLOTS
     with jax.set_mesh(program.mesh):

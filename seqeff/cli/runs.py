@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,16 +39,19 @@ def open_with(
 
 
 def facts(
-    run: RunDirectory, loaded: LoadedConfig, tokenizer: Tokenizer, checkpoint: int | None
+    options: argparse.Namespace, run: RunDirectory, loaded: LoadedConfig, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """What every result of a run depends on beside the data, for reports."""
     from seqeff.training.checkpoints import CheckpointStore
 
     with CheckpointStore(run.checkpoints) as store:
         latest = store.latest()
+    ours = ("run", "run_dir", "name", "parser", "takes_overrides")
+    given = {name: x for name, x in vars(options).items() if name not in ours and x}
     return {
         "run": str(run.path),
-        "step": latest if checkpoint is None else checkpoint,
+        "step": latest if options.checkpoint is None else options.checkpoint,
+        "options": json.loads(json.dumps(given, default=str)),
         "tokenizer": tokenizer.fingerprint,
         "overrides": loaded.overrides,
         "config": loaded.operative,

@@ -12,7 +12,7 @@ import numpy as np
 from seqeff.checks import UserError
 from seqeff.data.files import nearest
 from seqeff.evaluation.retrieval.grid import Cell, Result, evaluate
-from seqeff.evaluation.retrieval.plot import heat_map, require_matplotlib
+from seqeff.evaluation.retrieval.plot import heat_map
 from seqeff.evaluation.retrieval.reader import Reader
 from seqeff.evaluation.retrieval.tasks import TASKS
 
@@ -47,17 +47,6 @@ def bindings(
         f"Retrieval.tasks={{{tasks}}}",
         *(f"{name}={value!r}" for name, value in given.items() if value is not None),
     ]
-
-
-def check_files(json: Path | None, plot: Path | None) -> None:
-    """Raises a UserError if a file could not be written in the end."""
-    for name, file in (("--json", json), ("--plot", plot)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"{name} {file}: there is no folder {file.parent}; make it")
-    if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise UserError(f"--plot {plot} is not called .png; give a name such as plot.png")
-        require_matplotlib()
 
 
 def run(

@@ -157,7 +157,7 @@ def test_without_matplotlib(finished, tmp_path, monkeypatch, no_devices):
         (["--retrieval", "mqar", "--json", "no/x.json"], "--json no/x.json: there is no folder no"),
         (["--retrieval", "mqar", "--plot", "no/x.png"], "--plot no/x.png: there is no folder no"),
         (["--retrieval", "mqar", "--plot", "x.pdf"], "--plot x.pdf is not called .png"),
-        (["--retrieval", "mqar", "--batches", 1], "leave it out with --retrieval"),
+        (["--retrieval", "mqar", "--batches", 1], "--batches is not for --retrieval"),
         (["--retrieval", "mqar", "--carry"], "--carry is for --streaming BOOK...; give both"),
         (["--retrieval", "mqar", "--streaming", "b"], "--streaming and --retrieval are two"),
         (["--seed", 0], "--seed is for --retrieval TASK...; give both"),
