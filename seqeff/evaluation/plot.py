@@ -68,4 +68,6 @@ def curves(
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
         axes.set(xlabel=label, ylabel="perplexity", yscale="log")
         axes.grid(which="both", alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         figure.legend(loc="outside upper center")

@@ -301,6 +301,8 @@ def test_positions_past_training_are_warned_of():
     # distances stay near
     window = dataclasses.replace(CONFIG, attention=DenseAttention(window=9))
     assert not warning(window, 40, 32)
+    assert "distances go up to 9, in training up to 8" in warning(window, 40, 8)
+    assert "positions go up to 40, in" in warning(with_attention(separators=None), 40, 32)
     assert not warning(
         with_attention(positions="absolute", initial_tokens=0, separator_ids=()), 40, 32
     )

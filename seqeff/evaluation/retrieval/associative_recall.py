@@ -30,14 +30,12 @@ class AssociativeRecall:
     pairs: int = 8
     power: float = 0.01
 
+    has_depth = False
+
     def __post_init__(self) -> None:
         check_types(self)
         require(self.pairs >= 1, f"AssociativeRecall.pairs = {self.pairs} must be at least 1")
         require(self.power > 0, f"AssociativeRecall.power = {self.power} must be above 0")
-
-    @property
-    def has_depth(self) -> bool:
-        return False
 
     def make(self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random) -> Row:
         """A row of exactly `length` tokens; see `Task.make`.

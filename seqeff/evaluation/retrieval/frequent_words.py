@@ -35,6 +35,8 @@ class CommonWords:
     seldom: int | None = None
     shots: int = 1
 
+    has_depth = False
+
     def __post_init__(self) -> None:
         check_types(self)
         require(self.common >= 1, f"CommonWords.common = {self.common} must be at least 1")
@@ -46,10 +48,6 @@ class CommonWords:
                 often > seldom,
                 f"CommonWords.often = {often} must be above CommonWords.seldom = {seldom}",
             )
-
-    @property
-    def has_depth(self) -> bool:
-        return False
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random
@@ -95,14 +93,12 @@ class FrequentWords:
     top: int = 3
     exponent: float = 2.0
 
+    has_depth = False
+
     def __post_init__(self) -> None:
         check_types(self)
         require(self.top >= 1, f"FrequentWords.top = {self.top} must be at least 1")
         require(self.exponent > 0, f"FrequentWords.exponent = {self.exponent} must be above 0")
-
-    @property
-    def has_depth(self) -> bool:
-        return False
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

@@ -26,14 +26,12 @@ class KeyValue:
     questions: int = 11
     characters: int = 32
 
+    has_depth = False
+
     def __post_init__(self) -> None:
         check_types(self)
         require(self.questions >= 1, f"KeyValue.questions = {self.questions} must be at least 1")
         require(self.characters >= 4, f"KeyValue.characters = {self.characters} must be at least 4")
-
-    @property
-    def has_depth(self) -> bool:
-        return False
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

@@ -24,12 +24,10 @@ class Needle:
 
     filler: Filler = Filler()
 
+    has_depth = True
+
     def __post_init__(self) -> None:
         check_types(self)
-
-    @property
-    def has_depth(self) -> bool:
-        return True
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

@@ -22,13 +22,11 @@ class Passkey:
     digits: int = 5
     filler: Filler = Filler()
 
+    has_depth = True
+
     def __post_init__(self) -> None:
         check_types(self)
         require(self.digits >= 1, f"Passkey.digits = {self.digits} must be at least 1")
-
-    @property
-    def has_depth(self) -> bool:
-        return True
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

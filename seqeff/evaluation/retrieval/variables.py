@@ -35,15 +35,13 @@ class VariableTracking:
     shots: int = 1
     filler: Filler = Filler()
 
+    has_depth = False
+
     def __post_init__(self) -> None:
         check_types(self)
         require(self.chains >= 1, f"VariableTracking.chains = {self.chains} must be at least 1")
         require(self.hops >= 0, f"VariableTracking.hops = {self.hops} must not be negative")
         require(self.shots >= 0, f"VariableTracking.shots = {self.shots} must not be negative")
-
-    @property
-    def has_depth(self) -> bool:
-        return False
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

@@ -1,13 +1,16 @@
 """`seqeff eval --retrieval`: its table, its files, and what it refuses."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_run import refused, seqeff
 
 from seqeff.checks import UserError
-from seqeff.config import load
+from seqeff.config import load, split_overrides
 from seqeff.data import Tokenizer
 from seqeff.evaluation.retrieval import TASKS, AssociativeRecall, Passkey, Retrieval
 from seqeff.evaluation.retrieval.example import fingerprint
@@ -73,6 +76,16 @@ def test_a_table_and_a_report(finished, tmp_path):
     assert seqeff(*command, "--json", file).output == done.output
     for one, again in zip(first, json.loads(file.read_text())["results"], strict=True):
         assert one | {"seconds": 0} == again | {"seconds": 0}
+
+
+def test_one_task_with_several_settings(finished):
+    """As the README has it."""
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (command,) = re.findall(r"`(--gin\.Retrieval\.tasks=[^`]*)`", text)
+    overrides, rest = split_overrides(shlex.split(command))
+    found = load(finished / "operative_config.gin", overrides, others=["Retrieval"])
+    tasks = {"mqar-8": AssociativeRecall(), "mqar-64": AssociativeRecall(pairs=64)}
+    assert found.others == (Retrieval(tasks=tasks),) and not rest
 
 
 def test_tasks_at_the_length_of_the_run(finished):
