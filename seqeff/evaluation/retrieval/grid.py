@@ -35,7 +35,8 @@ class Score(NamedTuple):
     """Of a continuation.
 
     Attributes:
-      recall: the share of the answers that are among its words.
+      recall: the share of the answers that are among its words; RULER's own takes parts of words
+        too, in any case.
       exact: 1 if its first words are the answers, in any order and perhaps with "and" between.
     """
 
