@@ -10,26 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqeff.checks import UserError
-from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, positive
-from seqeff.cli.runs import open_run, restore
+from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, positive, share
+from seqeff.cli.runs import facts, open_with, restore
 
 if TYPE_CHECKING:
-    from seqeff import training
-    from seqeff.data import Tokenizer
+    from seqeff.evaluation import StreamResult
     from seqeff.models import TransformerConfig
-    from seqeff.runs import RunDirectory
-
 
 _METHODS = ("dense", "streamingllm", "own")
-# what is evaluated in place of held-out rows: how that is asked for, and the options of it alone
+# what is evaluated in place of held-out rows: how that is asked for, and what options it takes
 _KINDS = {
-    "streaming": ("BOOK", ("method", "carry", "per_book", "chunk", "state")),
-    "retrieval": (
-        "TASK",
-        ("lengths", "depths", "examples", "seed", "filler", "slots", "plot"),
-    ),
+    "streaming": ("BOOK", ("positions", "plot", "method", "carry", "per_book", "chunk", "state")),
+    "retrieval": ("TASK", ("lengths", "depths", "examples", "seed", "filler", "slots", "plot")),
     "harness": ("TASK", ("include_path", "limit", "shots", "context", "seed", "slots")),
 }
+_HELD_OUT = ("batches", "positions", "plot")
 
 
 def add(commands: Commands) -> None:
@@ -39,7 +34,10 @@ def add(commands: Commands) -> None:
     text = "the run's directory; give it before --streaming, --retrieval and --harness"
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=text)
     evaluate.add_argument("--batches", type=positive, help="at most so many batches")
-    text = "scores of so many equal parts of the rows too, by the tokens' places in their documents"
+    text = (
+        "scores of so many equal parts too: of the rows, by the tokens' places in their documents, "
+        "or of each text of --streaming"
+    )
     evaluate.add_argument("--positions", type=positive, metavar="PARTS", help=text)
     text = "read these texts as streams, in constant memory, with and without separators"
     evaluate.add_argument("--streaming", nargs="+", type=Path, metavar="BOOK", help=text)
@@ -53,12 +51,15 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--chunk", type=positive, help=text)
     text = "with --streaming: keep the streams in this folder, and go on from there"
     evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
-    text = "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all)"
+    text = (
+        "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all, and "
+        "their settings, such as --gin.AssociativeRecall.pairs=64)"
+    )
     evaluate.add_argument("--retrieval", nargs="+", metavar="TASK", help=text)
     text = "with --retrieval: of prompt and answer (default: the run's row)"
     evaluate.add_argument("--lengths", nargs="+", type=positive, metavar="TOKENS", help=text)
     text = "with --retrieval: where answers stand, from 0 to 1 (default: 0 0.25 0.5 0.75 1)"
-    evaluate.add_argument("--depths", nargs="+", type=float, metavar="DEPTH", help=text)
+    evaluate.add_argument("--depths", nargs="+", type=share, metavar="DEPTH", help=text)
     text = "with --retrieval: of each task, length and depth (default: 10)"
     evaluate.add_argument("--examples", type=positive, help=text)
     text = "with --retrieval or --harness: for other examples (default: 0, or the harness's)"
@@ -67,7 +68,7 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--filler", type=Path, metavar="FILE", help=text)
     text = "with --retrieval or --harness: prompts at a time (default: 16)"
     evaluate.add_argument("--slots", type=positive, help=text)
-    text = "with --retrieval: a heat map of what is found"
+    text = "draw what is found: with --positions curves, with --retrieval a heat map"
     evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
     text = "run tasks of lm-evaluation-harness: their names, patterns of names, or YAML files"
     evaluate.add_argument("--harness", nargs="+", metavar="TASK", help=text)
@@ -90,15 +91,17 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.bench.report import write_report
     from seqeff.data import place, prepare_validation
     from seqeff.evaluation import Perplexity, make_evaluate
+    from seqeff.evaluation.plot import curves
 
     _check_evaluation(options)
-    run, config, tokenizer = open_run(options, overrides)
     if options.streaming:
-        return _stream(options, overrides, run, config, tokenizer)
+        return _stream(options, overrides)
     if options.retrieval:
-        return _retrieve(options, overrides, run, config, tokenizer)
+        return _retrieve(options, overrides)
     if options.harness:
-        return _run_harness(options, overrides, run, config, tokenizer)
+        return _run_harness(options, overrides)
+    run, loaded, tokenizer = open_with(options, overrides, ())
+    config = loaded.root
     _tell_mask(config.model)
     batches = prepare_validation(config.data, tokenizer, run.data_fingerprint())
     if batches is None:
@@ -129,8 +132,11 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 f"{f'{first}-{end - 1}':>15}{part.tokens:12,}{part.loss:9.4f}"
                 f"{part.perplexity:12.2f}{part.bits_per_byte:11.4f}"
             )
-    facts = {"run": str(run.path), "overrides": overrides, "data": run.data_fingerprint()}
-    write_report(options.json, "perplexity", rows, facts)
+    known = facts(options, run, loaded, tokenizer) | {"documents": batches.contents}
+    write_report(options.json, "perplexity", rows, known)
+    if options.plot:
+        middles = [length * (part + 0.5) / parts for part in range(parts)]
+        curves(middles, {run.path.name: found}, "tokens of context", options.plot)
     return 0
 
 
@@ -139,42 +145,50 @@ def _check_evaluation(options: argparse.Namespace) -> None:
     given = [kind for kind in _KINDS if getattr(options, kind)]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} are two commands; leave one out")
-    for kind, name in itertools.product(given, ("batches", "positions")):
-        if getattr(options, name):
-            raise UserError(f"--{name} is of held-out documents; leave it out with --{kind}")
-    for name in dict.fromkeys(name for _, names in _KINDS.values() for name in names):
-        kinds = [kind for kind, (_, names) in _KINDS.items() if name in names]
+    kind = given[0] if given else None
+    taken = _HELD_OUT if kind is None else _KINDS[kind][1]
+    for name in dict.fromkeys([*_HELD_OUT, *(x for _, names in _KINDS.values() for x in names)]):
         value = getattr(options, name)
-        if value is not None and value is not False and not set(kinds) & set(given):
-            usage = " or ".join(f"--{kind} {_KINDS[kind][0]}..." for kind in kinds)
-            raise UserError(f"--{name.replace('_', '-')} is for {usage}; give both")
+        if value is None or value is False or name in taken:
+            continue
+        if kind is not None and name in _HELD_OUT:
+            raise UserError(f"--{name} is not for --{kind}; leave one out")
+        usage = [f"--{kind} {what}..." for kind, (what, names) in _KINDS.items() if name in names]
+        raise UserError(f"--{name.replace('_', '-')} is for {' or '.join(usage)}; give both")
+    for name in ("json", "plot"):
+        file = getattr(options, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"--{name} {file}: there is no folder {file.parent}; make it")
+    if options.plot is not None:
+        from seqeff.evaluation.plot import check_plot
+
+        if not options.positions and not options.retrieval:
+            raise UserError(f"--plot {options.plot} draws --positions PARTS; give both")
+        check_plot(options.plot)
 
 
-def _stream(
-    options: argparse.Namespace,
-    overrides: Sequence[str],
-    run: RunDirectory,
-    config: training.Train,
-    tokenizer: Tokenizer,
-) -> int:
+def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
-    from seqeff.evaluation import Stream, StreamResult, comparison, require_positions
+    from seqeff.evaluation import Book, Stream, StreamResult, comparison, require_positions
+    from seqeff.evaluation.plot import curves
     from seqeff.training.program import run_model
 
+    run, loaded, tokenizer = open_with(options, overrides, ())
+    config = loaded.root
     model, sizes = run_model(config, tokenizer.vocabulary()), tokenizer.byte_lengths()
-    wanted = options.method or _METHODS
+    wanted, parts = options.method or _METHODS, options.positions or 1
     variants = comparison.methods(model)
     own = list(variants)[-1]
     streams = {
-        name: Stream(variant, sizes, options.chunk or 512)
+        name: Stream(variant, sizes, options.chunk or 512, parts)
         for name, variant in variants.items()
         if name.lower() in wanted or (name == own and "own" in wanted)
     }
     if not streams and "dense" not in wanted:
         raise UserError(f"this attention has no stream but its own, {own}; give --method own")
-    books = comparison.read_books(tokenizer, options.streaming)
+    books = [Book.read(tokenizer, file) for file in options.streaming]
     length = config.data.sequence_length
     if streams:
         require_positions(model, books, options.carry)
@@ -184,6 +198,7 @@ def _stream(
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
     rows: dict[str, list[StreamResult]] = {}
     results = []
+    known = facts(options, run, loaded, tokenizer)
     print(comparison.HEADER, flush=True)
     with jax.set_mesh(program.mesh):
         for method, book, result in comparison.compare(
@@ -193,83 +208,77 @@ def _stream(
             tokenizer,
             books,
             length=length if "dense" in wanted else None,
+            parts=parts,
             carry=options.carry,
             state=options.state,
         ):
             found = rows.setdefault(method, [])
             found.append(result)
-            results.append({"method": method, "book": book.name, **result.as_metrics()})
-            write_report(options.json, "streaming", results, {"overrides": overrides})
+            named = {"method": method, "book": book.name, "sha256": book.sha256}
+            results.append(named | result.as_metrics())
+            write_report(options.json, "streaming", results, known)
             if options.per_book:
                 print(comparison.line(f"  {book.name}"[:21], result), flush=True)
             if len(found) == len(books):
                 print(comparison.line(method, StreamResult.total(found)), flush=True)
+    if options.positions:
+        totals = {method: StreamResult.total(found) for method, found in rows.items()}
+        print(*comparison.by_part(totals), sep="\n")
+        if options.plot:
+            middles = [100 * (part + 0.5) / parts for part in range(parts)]
+            lines = {method: result.parts for method, result in totals.items()}
+            curves(middles, lines, "part of each text, %", options.plot)
     return 0
 
 
-def _retrieve(
-    options: argparse.Namespace,
-    overrides: Sequence[str],
-    run: RunDirectory,
-    config: training.Train,
-    tokenizer: Tokenizer,
-) -> int:
+def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
     from seqeff.evaluation import comparison
     from seqeff.evaluation.retrieval import ModelReader, command
 
-    command.check_files(options.json, options.plot)
-    length = config.data.sequence_length
-    grid = command.grid(
-        options.retrieval,
-        lengths=options.lengths or [length],
-        depths=options.depths,
-        examples=options.examples,
-        seed=options.seed,
-        filler=options.filler,
+    given = ("lengths", "depths", "examples", "seed", "filler")
+    bindings = command.bindings(
+        options.retrieval, **{name: getattr(options, name) for name in given}
     )
+    run, loaded, tokenizer = open_with(options, [*bindings, *overrides], ["Retrieval"])
+    config, (retrieval,) = loaded.root, loaded.others
+    length = config.data.sequence_length
+    longest = max(retrieval.lengths, default=length)
     model = config.model.for_vocabulary(tokenizer.vocabulary())
-    model.require_positions(max(grid.lengths))
-    cells = list(grid.cells(tokenizer))
-    if told := comparison.warning(model, max(grid.lengths), length):
+    model.require_positions(longest)
+    cells = list(retrieval.cells(tokenizer, length))
+    if told := comparison.warning(model, longest, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
-    facts = command.facts(grid, config.model, tokenizer) | _origin(options, overrides, run)
+    known = facts(options, run, loaded, tokenizer) | {"seed": retrieval.seed}
     groups = [cell.examples for cell in cells]
     slots = options.slots or SLOTS
     with jax.set_mesh(program.mesh):
         command.run(
             ModelReader.fitting(program.model, parameters, tokenizer, groups, slots),
             cells,
-            lambda results: write_report(options.json, "retrieval", results, facts),
+            lambda results: write_report(options.json, "retrieval", results, known),
             options.plot,
         )
     return 0
 
 
-def _run_harness(
-    options: argparse.Namespace,
-    overrides: Sequence[str],
-    run: RunDirectory,
-    config: training.Train,
-    tokenizer: Tokenizer,
-) -> int:
+def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
     from seqeff.evaluation import comparison
-    from seqeff.evaluation.facts import model_facts
     from seqeff.evaluation.harness import command
-    from seqeff.evaluation.retrieval.command import check_files
 
-    check_files(options.json, None)
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots {options.shots} must not be negative")
     seed = options.seed or 0
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed} must be at least 0, below 2**32")
+    run, opened, tokenizer = open_with(options, overrides, ())
+    config = opened.root
     _tell_mask(config.model)
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = options.context or model.positions.limit or length
@@ -297,14 +306,12 @@ def _run_harness(
             options.limit,
         )
     print(command.table(found))
-    facts = {
+    known = facts(options, run, opened, tokenizer) | {
         "limit": options.limit,
         "context": context,
         "seeds": {**loaded.seeds, "sampling": seed},
-        **model_facts(config.model, tokenizer),
-        **_origin(options, overrides, run),
     }
-    write_report(options.json, "harness", command.rows(found), facts)
+    write_report(options.json, "harness", command.rows(found), known)
     return 0
 
 
@@ -316,18 +323,3 @@ def _tell_mask(model: TransformerConfig) -> None:
             "SeparatorAttention.cache_entries; --streaming BOOK... reads through that",
             file=sys.stderr,
         )
-
-
-def _origin(
-    options: argparse.Namespace, overrides: Sequence[str], run: RunDirectory
-) -> dict[str, Any]:
-    """Which parameters were evaluated, for a report."""
-    from seqeff.training.checkpoints import CheckpointStore
-
-    with CheckpointStore(run.checkpoints) as store:
-        latest = store.latest()
-    return {
-        "run": str(run.path),
-        "checkpoint": latest if options.checkpoint is None else options.checkpoint,
-        "overrides": overrides,
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,40 @@ def open_run(
     options: argparse.Namespace, overrides: Sequence[str]
 ) -> tuple[RunDirectory, training.Train, Tokenizer]:
     """A run directory, its config with the overrides, and its tokenizer; touches no device."""
+    run, loaded, tokenizer = open_with(options, overrides, ())
+    return run, loaded.root, tokenizer
+
+
+def open_with(
+    options: argparse.Namespace, overrides: Sequence[str], others: Sequence[str]
+) -> tuple[RunDirectory, LoadedConfig, Tokenizer]:
+    """The same with all that is known of the config, and with those of other classes beside it."""
     from seqeff.data import Tokenizer
     from seqeff.runs import RunDirectory
 
     run = RunDirectory(options.run_dir).require()
-    config = load(run.operative_config, overrides, run).root
-    return run, config, Tokenizer.load(run.tokenizer)
+    loaded = load(run.operative_config, overrides, run, others=others)
+    return run, loaded, Tokenizer.load(run.tokenizer)
+
+
+def facts(
+    options: argparse.Namespace, run: RunDirectory, loaded: LoadedConfig, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What every result of a run depends on beside the data, for reports."""
+    from seqeff.training.checkpoints import CheckpointStore
+
+    with CheckpointStore(run.checkpoints) as store:
+        latest = store.latest()
+    ours = ("run", "run_dir", "name", "parser", "takes_overrides")
+    given = {name: x for name, x in vars(options).items() if name not in ours and x}
+    return {
+        "run": str(run.path),
+        "step": latest if options.checkpoint is None else options.checkpoint,
+        "options": json.loads(json.dumps(given, default=str)),
+        "tokenizer": tokenizer.fingerprint,
+        "overrides": loaded.overrides,
+        "config": loaded.operative,
+    }
 
 
 def restore(
@@ -54,11 +83,12 @@ def load(
     overrides: Sequence[str],
     run: RunDirectory | None,
     earlier: Path | None = None,
+    others: Sequence[str] = (),
 ) -> LoadedConfig:
     from seqeff.config import load
 
     module_paths = [run.modules] if run is not None else []
-    return load(path, overrides, module_paths=module_paths, earlier=earlier)
+    return load(path, overrides, others=others, module_paths=module_paths, earlier=earlier)
 
 
 def shown(path: Path) -> str:

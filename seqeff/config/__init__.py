@@ -64,6 +64,7 @@ class LoadedConfig:
 
     Attributes:
       root: the built config.
+      others: those that were built beside it.
       text: the file as given, then the files that it includes, each under a comment with its name.
       operative: every value in use, defaults too, as one gin file that loads to an equal `root`.
       overrides: `NAME=VALUE`, each on one line and with absolute paths: the earlier ones that still
@@ -75,6 +76,7 @@ class LoadedConfig:
     """
 
     root: Any
+    others: tuple[Any, ...]
     text: str
     operative: str
     overrides: tuple[str, ...]
@@ -87,6 +89,7 @@ def load(
     overrides: Sequence[str] = (),
     *,
     root: str = "Train",
+    others: Sequence[str] = (),
     module_paths: Iterable[str | Path] = (),
     earlier: str | Path | None = None,
 ) -> LoadedConfig:
@@ -96,6 +99,7 @@ def load(
       path: the gin file.
       overrides: `NAME=VALUE` bindings that replace the file's, from `split_overrides`.
       root: the class to build.
+      others: classes to build beside it, which the file and the overrides may bind too.
       module_paths: where imported modules are sought after the file's own directory and before the
         current one.
       earlier: a file of overrides, one a line, that come after the gin file, before `overrides`.
@@ -110,11 +114,12 @@ def load(
         reader.override(override)
     with cleared_gin():
         builder = Builder(os.path.normpath(path), classes, reader.bindings)
-        config = builder.build(root)
+        config, *beside = builder.build(root, *others)
         operative = gin.operative_config_str()
     imports = "".join(f"import {name}\n" for name in sorted(reader.imports))
     return LoadedConfig(
         root=config,
+        others=tuple(beside),
         text="\n".join(f"# {name}\n{content}" for name, content in reader.files.items()),
         operative=f"{imports}\n{operative}" if imports else operative,
         overrides=(

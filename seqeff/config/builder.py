@@ -51,7 +51,7 @@ class _Built(NamedTuple):
 
 
 class Builder:
-    """Builds one config from bindings, inside `cleared_gin`.
+    """Builds configs from bindings, inside `cleared_gin`.
 
     Args:
       path: of the gin file, for messages.
@@ -75,17 +75,17 @@ class Builder:
             for selector, cls in classes.by_name.items()
         }
 
-    def build(self, root: str) -> Any:
-        """The root config.
+    def build(self, *roots: str) -> list[Any]:
+        """The configs of these classes.
 
         Raises:
           ConfigError: begins with the place of the binding at fault.
         """
         with located(self._path):
-            selector = self._classes.resolve(root)
+            selectors = [self._classes.resolve(root) for root in roots]
         try:
             self._bind_all()
-            config = self._makers[selector]()
+            configs = [self._makers[selector]() for selector in selectors]
         except RecursionError:
             raise ConfigError(f"{self._path}: a macro or a config contains itself") from None
         except Exception:
@@ -93,7 +93,7 @@ class Builder:
                 raise
             raise self._failure from self._failure.__cause__
         self._require_used()
-        return config
+        return configs
 
     @property
     def places_in_use(self) -> set[str]:

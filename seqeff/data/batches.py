@@ -138,7 +138,11 @@ class Batches:
 
 
 class EvaluationBatches:
-    """One pass over stores in their own order; the last batch is padded. `len()` is its steps."""
+    """One pass over stores in their own order; the last batch is padded. `len()` is its steps.
+
+    Attributes:
+      contents: the hashes of each store's documents.
+    """
 
     def __init__(
         self,
@@ -152,6 +156,7 @@ class EvaluationBatches:
         """As for `Batches`; documents of different stores never share a row."""
         _check(stores, sequence_length, batch_size, packing)
         self.batch_size = batch_size
+        self.contents = [store.part.content for store in stores]
         self._stores = stores
         self._rows = [
             PACKINGS[packing](store, np.arange(len(store.lengths)), sequence_length)

@@ -1,11 +1,10 @@
 """Scores of a trained model."""
 
+from seqeff.evaluation.books import Book, StreamResult
 from seqeff.evaluation.perplexity import Perplexity, make_evaluate
+from seqeff.evaluation.rows import read_in_rows
 from seqeff.evaluation.streaming import (
-    Book,
     Stream,
-    StreamResult,
-    read_in_rows,
     require_constant_memory,
     require_positions,
     stream,

@@ -8,76 +8,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from seqeff.checks import UserError
 from seqeff.data import Tokenizer
-from seqeff.data.files import decode_utf8, read_bytes
-from seqeff.evaluation.streaming import Book, Stream, StreamResult, read_in_rows, stream
-from seqeff.models import (
-    Attention,
-    DenseAttention,
-    Rotary,
-    SeparatorAttention,
-    TransformerConfig,
-)
+from seqeff.evaluation.books import Book, StreamResult
+from seqeff.evaluation.rows import read_in_rows
+from seqeff.evaluation.streaming import Stream, stream
+from seqeff.models import MeasuredAttention, NamedStream, Rotary, TransformerConfig
 
+_BASELINE = "StreamingLLM"
 HEADER = (
     f"{'method':22}{'perplexity':>11}{'bits/byte':>10}{'tokens':>11}{'seconds':>9}{'tokens/s':>10}"
     f"{'entries read':>14}{'at most':>9}{'memory, MiB':>13}"
 )
 
 
-def read_books(tokenizer: Tokenizer, files: Sequence[Path]) -> list[Book]:
-    """Texts as tokens.
-
-    Raises:
-      UserError: a file cannot be read, or is empty.
-    """
-    books = []
-    for file in files:
-        # as `TextFiles` reads them: line ends are the text's own
-        text = decode_utf8(read_bytes(file), str(file))
-        if not text:
-            raise UserError(f"{file} is empty; leave it out")
-        ids = [tokenizer.begin_of_text, *tokenizer.encode(text)]
-        books.append(Book(file.name, np.asarray(ids, np.int32)))
-    return books
-
-
 def methods(config: TransformerConfig) -> dict[str, TransformerConfig]:
-    """The model's own stream by its name, and with separators StreamingLLM of as many entries."""
-    own = [a for a in config.attentions() if isinstance(a, SeparatorAttention)]
-    if not any(attention.might_keep for attention in own):
-        return {"StreamingLLM" if own else "own attention": config}
+    """StreamingLLM of as many entries, then the model's own stream, by their names."""
+    own = [a.stream_name for a in config.attentions() if isinstance(a, NamedStream)]
+    if not own:
+        return {"own attention": config}
     streaming = {
-        layer: without_separators(attention)
-        if isinstance(attention, SeparatorAttention)
-        else attention
+        layer: attention.as_streaming_llm() if isinstance(attention, NamedStream) else attention
         for layer, attention in enumerate(config.attentions())
     }
-    # what is kept without separators is kept by interval
-    name = "SepLLM" if any(attention.separator_ids for attention in own) else "FixLLM"
-    return {
-        "StreamingLLM": dataclasses.replace(config, layer_attention=streaming),
-        name: config,
-    }
-
-
-def without_separators(attention: SeparatorAttention) -> SeparatorAttention:
-    """StreamingLLM of as many entries: the window takes the separators' place."""
-    window = attention.window + (attention.separators or 0)
-    if attention.cache_entries is not None:
-        window = attention.cache_entries - attention.initial_tokens
-    return dataclasses.replace(
-        attention,
-        window=window,
-        separators=None,
-        separator_ids=(),
-        characters="",
-        preset=None,
-        interval=None,
-    )
+    name = next((name for name in own if name != _BASELINE), _BASELINE)
+    return {_BASELINE: dataclasses.replace(config, layer_attention=streaming), name: config}
 
 
 def compare(
@@ -88,6 +42,7 @@ def compare(
     books: Sequence[Book],
     *,
     length: int | None,
+    parts: int,
     carry: bool,
     state: Path | None,
 ) -> Iterator[tuple[str, Book, StreamResult]]:
@@ -98,6 +53,7 @@ def compare(
       streams: by their names.
       length: that the model was trained on, for the rows of the one without a stream; None:
         without those.
+      parts: equal ones of each text, as the streams tell apart.
       carry: besides, streams go on from text to text.
       state: a folder that the streams are kept in.
 
@@ -106,7 +62,7 @@ def compare(
     """
     if length is not None:
         sizes = tokenizer.byte_lengths()
-        for book, result in read_in_rows(config, parameters, sizes, books, length):
+        for book, result in read_in_rows(config, parameters, sizes, books, length, parts):
             yield f"dense, rows of {length}", book, result
     for carried in (False, True) if carry else (False,):
         for name, reader in streams.items():
@@ -119,7 +75,9 @@ def compare(
 
 def warning(config: TransformerConfig, longest: int, length: int) -> str:
     """What to fear of a text of `longest` tokens after training on `length`; "" if nothing."""
-    farthest = max(_farthest(attention, longest) for attention in config.attentions())
+    layers = config.attentions()
+    known = [x.farthest(longest) for x in layers if isinstance(x, MeasuredAttention)]
+    farthest = max(known, default=0)
     if farthest <= length or not isinstance(config.positions, Rotary):
         return ""
     if not config.positions.by_place:
@@ -130,25 +88,20 @@ def warning(config: TransformerConfig, longest: int, length: int) -> str:
     trained = f"in training up to {length:,}, past which perplexity rises to hundreds"
     if farthest < longest:
         return f"warning: distances go up to {farthest:,}, {trained}; keep fewer entries"
-    near = any(isinstance(attention, SeparatorAttention) for attention in config.attentions())
-    remedy = "; --gin.SeparatorAttention.positions=compact keeps them near" if near else ""
+    near = {type(x).__name__ for x in layers if getattr(x, "positions", None) == "absolute"}
+    remedy = "".join(f"; --gin.{name}.positions=compact keeps them near" for name in sorted(near))
     return f"warning: positions go up to {longest:,}, {trained}{remedy}"
 
 
-def _farthest(attention: Attention, longest: int) -> int:
-    """The largest distance to what is attended, as far as it is known."""
-    if isinstance(attention, DenseAttention) and attention.window is None:
-        return longest
-    if not isinstance(attention, SeparatorAttention):
-        return 0
-    if not attention.initial_tokens and not attention.might_keep:
-        return 0
-    if attention.positions == "absolute":
-        return longest
-    entries = attention.cache_entries or (
-        attention.initial_tokens + (attention.separators or 0) + attention.window
-    )
-    return min(entries, longest)
+def by_part(totals: Mapping[str, StreamResult]) -> Iterator[str]:
+    """A table of the perplexities of equal parts of the texts, a column a method."""
+    yield f"{'part of each text':22}" + "".join(f"{name:>{len(name) + 3}}" for name in totals)
+    columns = [[part.perplexity for part in result.parts] for result in totals.values()]
+    for index, row in enumerate(zip(*columns, strict=True)):
+        first, last = (f"{100 * edge / len(columns[0]):.4g}" for edge in (index, index + 1))
+        found = zip(totals, row, strict=True)
+        text = "".join(f"{one:{len(name) + 3}.2f}" for name, one in found)
+        yield f"{f'{first}-{last}%':22}" + text
 
 
 def line(method: str, result: StreamResult) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from seqeff.data import Batch
 from seqeff.models import token_losses
@@ -79,6 +79,29 @@ class Perplexity:
         }
 
 
+def sums_by_part(
+    part: Int[Array, "*tokens"],
+    parts: int,
+    losses: Float[Array, "*tokens"],
+    bytes: Int[Array, "*tokens"],
+    read: Shaped[Array, "*tokens"],
+    most: Shaped[Array, "*tokens"],
+) -> Float[Array, "parts 5"]:
+    """Rows of `Perplexity`'s attributes.
+
+    Args:
+      part: that each token counts in; -1: in none.
+      read, most: of its entries.
+    """
+    here = part == jnp.arange(parts).reshape(-1, *(1,) * part.ndim)
+
+    def over(reduce: Callable[..., Array], x: Any) -> Array:
+        return reduce(jnp.where(here, x, 0.0), axis=tuple(range(1, here.ndim)))
+
+    sums = [over(jnp.sum, x) for x in (losses, 1.0, bytes, read)]
+    return jnp.stack([*sums, over(jnp.max, most)], axis=1)
+
+
 def make_evaluate(
     graph: nnx.GraphDef, byte_lengths: np.ndarray, parts: int = 1
 ) -> Callable[[Any, Iterable[Batch]], list[Perplexity]]:
@@ -89,10 +112,10 @@ def make_evaluate(
       parts: equal parts of a row's length. A token counts in that of its place in its document:
         how much context there is for the one after it.
     """
-    lengths = jnp.asarray(byte_lengths, jnp.float32)
+    lengths = jnp.asarray(byte_lengths)
 
     @jax.jit
-    def sums(parameters: Any, batch: Batch) -> jax.Array:
+    def sums(parameters: Any, batch: Batch) -> Array:
         model = nnx.merge(graph, parameters)
         hidden = model(batch.tokens, batch.document_start)
         losses = token_losses(hidden, model.head(), batch.targets)
@@ -103,13 +126,8 @@ def make_evaluate(
         place = jnp.broadcast_to(jnp.arange(length), counted.shape)
         if batch.document_start is not None:
             place = place - batch.document_start
-        here = counted & (place * parts // length == jnp.arange(parts)[:, None, None])
-
-        def over(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-            return reduce(jnp.where(here, x, 0), axis=(1, 2))
-
-        totals = [over(x, jnp.sum) for x in (losses, counted, sizes, read)]
-        return jnp.stack([*totals, over(most, jnp.max)], axis=1)
+        part = jnp.where(counted, place * parts // length, -1)
+        return sums_by_part(part, parts, losses, sizes, read, most)
 
     def evaluate(parameters: Any, batches: Iterable[Batch]) -> list[Perplexity]:
         # the next batch is on its way while the last one computes

@@ -7,17 +7,17 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqeff.checks import UserError, require
+from seqeff.checks import require
 from seqeff.data import Vocabulary
 from seqeff.inference import slots as device
+from seqeff.inference.requests import Occupant, Piece, Request, check_room
 from seqeff.inference.sampling import WAYS, Sampling, Settings
-from seqeff.inference.text import StoppedText
 from seqeff.models import TransformerConfig, cached_parameters, most_kept
 from seqeff.models.caches import kind_of
 
@@ -30,51 +30,6 @@ _MANY = 4
 _LEAST_KEPT = 256
 # a single row's product with a matrix is computed there by elements, in memory, and then added up
 _LEAST_ROWS = {"gpu": 2}
-
-Reason = Literal["end", "length", "stop"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt to continue.
-
-    Attributes:
-      prompt: ids; at least one.
-      tokens: to draw at most.
-      sampling: how each is drawn.
-      stops: texts before the first of which the continuation ends.
-    """
-
-    prompt: Sequence[int]
-    tokens: int
-    sampling: Sampling = Sampling()
-    stops: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        require(self.tokens >= 1, f"Request.tokens = {self.tokens} must be at least 1")
-        if not len(self.prompt):
-            raise UserError("the prompt is empty: give at least one token")
-        if "" in self.stops:
-            raise UserError("a stop string is empty: give text that is to end the continuation")
-
-
-class Piece(NamedTuple):
-    """What a request gives at a time.
-
-    Attributes:
-      request: its number, from 0.
-      text: further text; empty while it may be the beginning of a stop string.
-      tokens: further ids, without the end of text.
-      log_probabilities: theirs, under the model itself.
-      reason: why it ends with this piece: the end of text, as many tokens as asked for or as there
-        was room for, or a stop string; None: it goes on.
-    """
-
-    request: int
-    text: str
-    tokens: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-    reason: Reason | None
 
 
 @dataclasses.dataclass
@@ -144,7 +99,8 @@ class Engine:
         end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
         self.prepare = jax.jit(functools.partial(cached_parameters, config))
         self.empty = jax.jit(
-            functools.partial(device.empty_slots, config, size, self.rows, context or 1, kept)
+            functools.partial(device.empty_slots, config, size, context=context or 1, kept=kept),
+            static_argnames="count",
         )
         self.read = jax.jit(
             functools.partial(device.read_prompts, config, end), donate_argnames="slots"
@@ -155,31 +111,30 @@ class Engine:
             donate_argnames="slots",
         )
 
-    def stream(self, parameters: Any, requests: Iterable[Request]) -> Iterator[Piece]:
+    def stream(
+        self, parameters: Any, requests: Iterable[Request], prefix: Sequence[int] = ()
+    ) -> Iterator[Piece]:
         """Yields what requests give, as it comes; each request is taken when a slot is free.
 
         Args:
           parameters: those that `prepare` gives.
+          prefix: tokens that stand before every prompt. They are read once, and each request begins
+            with a copy of their cache.
 
         Raises:
           UserError: see `check_room`.
         """
-        self.use = CacheUse()
-        run = _Run(self, parameters, requests)
+        self.use, context, start = CacheUse(), self.context, None
+        if len(prefix):
+            read = _Run(self, parameters, [Request(prompt=prefix, tokens=1)], 1, 1, context)
+            while read.advance():
+                pass
+            collections.deque(read.finished_calls(0), maxlen=0)
+            start, context = read.slots, context and context - len(prefix)
+        run = _Run(self, parameters, requests, self.slots, self.rows, context, start)
         while run.advance():
             yield from run.finished_calls(_AHEAD)
         yield from run.finished_calls(0)
-
-
-def check_room(request: Request, context: int | None) -> None:
-    """Raises a UserError if a context has no room for a request's prompt and one token."""
-    length = len(request.prompt)
-    if context is not None and length >= context:
-        raise UserError(
-            f"the prompt has {length} tokens; the context of {context} leaves room for "
-            f"{context - 1} before the first new one; --context gives more, and bounded separators "
-            "in every layer take any number (--gin.SeparatorAttention.separators)"
-        )
 
 
 def generation_context(config: TransformerConfig, length: int) -> int | None:
@@ -204,75 +159,43 @@ def most_kept_by(config: TransformerConfig, requests: Iterable[Request]) -> int:
     return max(_LEAST_KEPT, 1 << (most - 1).bit_length())
 
 
-class _Occupant:
-    """The request in a slot.
-
-    Attributes:
-      read: tokens of its prompt that calls have taken.
-      scheduled: tokens that calls draw, if it does not end before.
-      reason: why it has ended, once the host knows.
-    """
-
-    def __init__(self, number: int, request: Request, wanted: int, tokenizer: Vocabulary) -> None:
-        self.number, self.request, self.wanted = number, request, wanted
-        self.read = self.scheduled = self._drawn = 0
-        self.reason: Reason | None = None
-        self._text, self._end = StoppedText(tokenizer, request.stops), tokenizer.end_of_text
-
-    @property
-    def reads(self) -> bool:
-        """Whether there is more of its prompt to read."""
-        return self.read < len(self.request.prompt)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether further tokens are to be drawn by further calls."""
-        return not self.reads and self.scheduled < self.wanted and self.reason is None
-
-    def take(self, drawn: Iterable[tuple[int, float]]) -> Piece | None:
-        """What tokens and their log-probabilities give; None where it has ended, or there are none.
-
-        What lies past its end is dropped.
-        """
-        if self.reason is not None:
-            return None
-        text, tokens, probabilities = "", [], []
-        for token, log_probability in drawn:
-            self._drawn += 1
-            if token == self._end:
-                self.reason = "end"
-                break
-            tokens.append(token)
-            probabilities.append(log_probability)
-            text += self._text.push(token)
-            if self._text.stopped:
-                self.reason = "stop"
-                break
-        if self.reason is None and self._drawn == self.wanted:
-            self.reason = "length"
-        if self.reason is not None:
-            text += self._text.finish()
-        elif not tokens:
-            return None
-        return Piece(self.number, text, tuple(tokens), tuple(probabilities), self.reason)
-
-
 class _Call(NamedTuple):
     """A call of the device that the host has not read: who occupied the slots of its rows."""
 
     drawn: device.Drawn
-    occupants: tuple[_Occupant | None, ...]
+    occupants: tuple[Occupant | None, ...]
     taken: int | None  # tokens of prompts; None: it decodes
 
 
 class _Run:
-    """The calls that a stream of requests takes."""
+    """The calls that a stream of requests takes.
 
-    def __init__(self, engine: Engine, parameters: Any, requests: Iterable[Request]) -> None:
+    Attributes:
+      slots: after the latest of them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        parameters: Any,
+        requests: Iterable[Request],
+        count: int,
+        rows: int,
+        context: int | None,
+        start: device.Slots | None = None,
+    ) -> None:
+        """
+        Args:
+          parameters: of the `CachedTransformer`.
+          count: of slots.
+          rows: of the caches.
+          context: tokens that a prompt and its continuation may have; None: any number.
+          start: see `slots.read_prompts`.
+        """
         self._engine, self._parameters = engine, parameters
-        self._requests = enumerate(requests)
-        self._slots = engine.empty()
-        self._occupants: list[_Occupant | None] = [None] * engine.rows
+        self._requests, self._context, self._start = enumerate(requests), context, start
+        self._count, self.slots = count, engine.empty(count=rows)
+        self._occupants: list[Occupant | None] = [None] * rows
         self._calls: collections.deque[_Call] = collections.deque()
         self._has_read = False  # by the latest call
 
@@ -312,25 +235,24 @@ class _Run:
 
     def _admit(self) -> None:
         """Gives the free slots to the next requests."""
-        engine = self._engine
-        for slot, occupant in enumerate(self._occupants[: engine.slots]):
+        for slot, occupant in enumerate(self._occupants[: self._count]):
             if occupant is not None and (occupant.reads or occupant.decodes):
                 continue
             self._occupants[slot] = None
             for number, request in itertools.islice(self._requests, 1):
-                check_room(request, engine.context)
+                check_room(request, self._context)
                 room = request.tokens
-                if engine.context is not None:
-                    room = min(room, engine.context - len(request.prompt))
-                self._occupants[slot] = _Occupant(number, request, room, engine.tokenizer)
+                if self._context is not None:
+                    room = min(room, self._context - len(request.prompt))
+                self._occupants[slot] = Occupant(number, request, room, self._engine.tokenizer)
 
     def _read(self, slots: Sequence[int]) -> None:
         """Takes a chunk of the prompt of the first slot, or of each of them where they are many."""
-        count = self._engine.rows
+        count = len(self._occupants)
         # rows that stay empty would be read for nothing
-        whole = len(slots) * _MANY >= count == self._engine.slots
+        whole = len(slots) * _MANY >= count == self._count
         rows = None if whole else np.asarray(slots[:1])
-        reading: list[_Occupant | None] = [None] * count
+        reading: list[Occupant | None] = [None] * count
         for slot in slots:
             reading[slot] = self._occupants[slot]
         reading = reading if rows is None else [reading[slot] for slot in rows]
@@ -352,8 +274,8 @@ class _Run:
                 wanted[row], occupant.scheduled = occupant.wanted, 1
         settings = Settings.of([Sampling() if x is None else x.request.sampling for x in reading])
         chunk = device.Chunk(tokens, counts, begins, wanted, settings)
-        self._slots, drawn = self._engine.read(
-            self._parameters, slots=self._slots, rows=rows, chunk=chunk
+        self.slots, drawn = self._engine.read(
+            self._parameters, slots=self.slots, rows=rows, chunk=chunk, start=self._start
         )
         self._calls.append(_Call(drawn, tuple(reading), int(counts.sum())))
 
@@ -363,7 +285,7 @@ class _Run:
             if occupant is not None:
                 occupant.scheduled += self._engine.steps
         ways = {x.request.sampling.way for x in decoding if x is not None}
-        self._slots, drawn = self._engine.decode(
-            self._parameters, slots=self._slots, way=max(ways, key=WAYS.index)
+        self.slots, drawn = self._engine.decode(
+            self._parameters, slots=self.slots, way=max(ways, key=WAYS.index)
         )
         self._calls.append(_Call(drawn, decoding, None))

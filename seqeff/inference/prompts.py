@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.data.files import decode_utf8, nearest, read_bytes
-from seqeff.inference.engine import Piece, Request
+from seqeff.inference.requests import Piece, Request
 from seqeff.inference.sampling import Sampling
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))

@@ -16,7 +16,7 @@ from seqeff.models import (
     emptied_rows,
     empty_cache,
 )
-from seqeff.models.caches import replace_rows, select_rows
+from seqeff.models.caches import replace_rows, select_rows, where_rows
 from seqeff.models.flops import entries_of_cache
 
 
@@ -91,6 +91,7 @@ def read_prompts(
     slots: Slots,
     rows: Int[Array, " rows"] | None,
     chunk: Chunk,
+    start: Slots | None = None,
 ) -> tuple[Slots, Drawn]:
     """Takes chunks of prompts in, and draws the first token after those that end.
 
@@ -98,18 +99,22 @@ def read_prompts(
       end: the token after which nothing is drawn.
       parameters: of the `CachedTransformer`.
       rows: slots of the chunks' rows; None: all, in order.
+      start: one slot, which has read what comes before every prompt; None: nothing does.
     """
     taken = slots if rows is None else select_rows(slots, rows)
-    cache = emptied_rows(taken.cache, chunk.begins)
     begins = chunk.begins
-    settings = jax.tree.map(
-        lambda new, old: jnp.where(begins, new, old), chunk.settings, taken.settings
-    )
+    if start is None:
+        taken = taken._replace(
+            cache=emptied_rows(taken.cache, begins), seen=taken.seen & ~begins[:, None]
+        )
+    else:
+        taken = where_rows(begins, start, taken)
+    settings = where_rows(begins, chunk.settings, taken.settings)
     drawn = jnp.where(begins, 0, taken.drawn)
     left = jnp.where(chunk.count > 0, chunk.wanted, taken.left)
     real = jnp.arange(chunk.tokens.shape[1]) < chunk.count[:, None]
-    seen = _marked(taken.seen & ~begins[:, None], chunk.tokens, real)
-    taken = Slots(cache, taken.token, left, drawn, settings, seen)
+    seen = _marked(taken.seen, chunk.tokens, real)
+    taken = Slots(taken.cache, taken.token, left, drawn, settings, seen)
     is_real = chunk.wanted > 0
     # one program for all settings: few chunks of a prompt follow each other, unlike steps
     taken, found = _step(

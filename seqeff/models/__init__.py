@@ -1,6 +1,12 @@
 """The model: a Transformer whose parts are frozen configs with a `make` method each."""
 
-from seqeff.models.attention import Attention, DenseAttention, SeparatorAttention
+from seqeff.models.attention import (
+    Attention,
+    DenseAttention,
+    MeasuredAttention,
+    NamedStream,
+    SeparatorAttention,
+)
 from seqeff.models.cached import (
     Cache,
     CachedTransformer,
@@ -34,6 +40,8 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LowRankLinear",
+    "MeasuredAttention",
+    "NamedStream",
     "NoPositions",
     "NormalInitialisation",
     "RMSNorm",

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from seqeff.models.caches import BlockCache, CacheKind, LayersCache, Sizes, aligned, kind_of
+from seqeff.models.caches import (
+    BlockCache,
+    CacheKind,
+    LayersCache,
+    Sizes,
+    aligned,
+    kind_of,
+    where_rows,
+)
 from seqeff.models.heads import Heads
 from seqeff.models.joined import JoinedLayer, joined_parameters, joins
 from seqeff.models.positions import Rotation
@@ -67,10 +75,7 @@ def emptied_rows(cache: Cache, rows: Bool[Array, " batch"]) -> Cache:
 
     def emptied(state: Any) -> Any:
         # a state without tokens is all zeros, and the arrays then hold nothing that is read
-        def clear(x: jax.Array) -> jax.Array:
-            return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x)
-
-        return jax.tree.map(clear, state)
+        return where_rows(rows, jax.tree.map(jnp.zeros_like, state), state)
 
     runs = (dataclasses.replace(run, state=emptied(run.state)) for run in cache.layers)
     return Cache(emptied(cache.length), emptied(cache.located), tuple(runs))

@@ -213,3 +213,15 @@ def test_loading_touches_no_device(folder, touches):
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
     assert (done.returncode != 0) is touches, done.stderr.decode()
+
+
+def test_others_are_built_beside_the_root():
+    from lab.training import Muon
+
+    found = loaded(with_base(""), "Muon.learning_rate=0.5", others=["Muon"])
+    assert found.others == (Muon(learning_rate=0.5),) and found.root == train()
+    with open("again.gin", "w") as file:
+        file.write(found.operative)
+    assert config.load("again.gin", others=["Muon"]).others == found.others
+    # else nothing uses it
+    assert "no Muon is built" in message(with_base(""), "Muon.learning_rate=0.5")

@@ -13,7 +13,7 @@ from tiny_run import refused, seqeff
 from seqeff.checks import UserError
 from seqeff.data import TextFiles, Tokenizer
 from seqeff.evaluation import Book, Stream, read_in_rows, stream, streaming
-from seqeff.evaluation.comparison import methods, read_books, warning, without_separators
+from seqeff.evaluation.comparison import methods, warning
 from seqeff.models import (
     DenseAttention,
     FeedForward,
@@ -209,6 +209,31 @@ def test_texts_longer_than_the_positions(parameters):
         results(learned, own, carry=True)
 
 
+@pytest.mark.parametrize("carry", [False, True])
+def test_parts_are_those_of_the_tokens(carry, parameters):
+    reader = Stream(CONFIG, SIZES, CHUNK, parts=3)
+    whole = losses(CONFIG, parameters, np.concatenate([book.tokens for book in BOOKS]))
+    first = 0
+    for book, found in stream(reader, parameters, BOOKS, carry=carry):
+        count = len(book.tokens) - 1
+        own = whole[first : first + count]
+        first += len(book.tokens)
+        if not carry:
+            own = losses(CONFIG, parameters, book.tokens)
+        part = np.arange(count) * 3 // count
+        for index, one in enumerate(found.parts):
+            assert one.nats == pytest.approx(own[part == index].sum(), rel=1e-5)
+            assert one.tokens == (part == index).sum()
+            assert one.bytes == SIZES[book.tokens[1:]][part == index].sum()
+    dense = dataclasses.replace(CONFIG, attention=DenseAttention())
+    ((_, found),) = read_in_rows(CONFIG, parameters, SIZES, BOOKS[:1], 99, parts=2)
+    own = losses(dense, parameters, BOOKS[0].tokens)
+    # 39 are predicted
+    assert [one.tokens for one in found.parts] == [20, 19]
+    assert found.parts[1].nats == pytest.approx(own[20:].sum(), rel=1e-5)
+    assert [one.resident for one in found.parts] == [20, 39]
+
+
 def test_rows_predict_every_token_once(parameters):
     dense = dataclasses.replace(CONFIG, attention=DenseAttention())
     for book, found in read_in_rows(CONFIG, parameters, SIZES, BOOKS, 10):
@@ -222,10 +247,10 @@ def test_rows_predict_every_token_once(parameters):
 
 
 def test_streamingllm_has_as_many_entries():
-    without = without_separators(ATTENTION)
+    without = ATTENTION.as_streaming_llm()
     assert (without.window, without.initial_tokens) == (8, 2)
     assert not without.might_keep
-    published = without_separators(dataclasses.replace(ATTENTION, cache_entries=14))
+    published = dataclasses.replace(ATTENTION, cache_entries=14).as_streaming_llm()
     assert (published.window, published.cache_entries) == (12, 14)
     found = methods(CONFIG)
     assert list(found) == ["StreamingLLM", "SepLLM"]
@@ -276,6 +301,8 @@ def test_positions_past_training_are_warned_of():
     # distances stay near
     window = dataclasses.replace(CONFIG, attention=DenseAttention(window=9))
     assert not warning(window, 40, 32)
+    assert "distances go up to 9, in training up to 8" in warning(window, 40, 8)
+    assert "positions go up to 40, in" in warning(with_attention(separators=None), 40, 32)
     assert not warning(
         with_attention(positions="absolute", initial_tokens=0, separator_ids=()), 40, 32
     )
@@ -293,16 +320,25 @@ def test_the_command(finished, tiny, tmp_path):
     file = tmp_path / "streams.json"
     command = ["eval", finished, "--streaming", *books, "--json", file, *BOUNDED]
     options = ["--carry", "--per-book", "--chunk", 16, "--state", tmp_path / "kept"]
+    options += ["--positions", 2]
     result = seqeff(*command, *options)
     assert result.status == 0, result.errors
     assert "warning: positions go up to" in result.errors
     header, *lines = result.output.splitlines()
+    *lines, names, first, second = lines
     assert header.split()[:2] == ["method", "perplexity"]
     streams = ["StreamingLLM", "SepLLM", "StreamingLLM, carried", "SepLLM, carried"]
     expected = ["dense, rows of 32", *streams]
     assert [line[:22].strip() for line in lines[3::4]] == expected
     assert [line[:22].strip() for line in lines[:3]] == [book.name for book in books]
+    assert names[22:].split("   ")[1:] == expected
+    assert first.startswith("0-50% ") and second.startswith("50-100% ")
     report = json.loads(file.read_text())
+    assert (report["step"], report["options"]["chunk"]) == (24, 16)
+    assert "SeparatorAttention.separators = 4" in report["config"]
+    for row in report["results"]:
+        assert len(row["sha256"]) == 64
+        assert row["tokens"] == sum(part["tokens"] for part in row["parts"])
     assert len(report["results"]) == 15
     by_method = {row["method"]: row for row in report["results"]}
     assert by_method["SepLLM"]["entries_resident"] <= 3 + 4 + 6
@@ -315,6 +351,17 @@ def test_the_command(finished, tiny, tmp_path):
     streamed = [row for row in report["results"] if row["method"] in streams]
     again = json.loads(file.read_text())["results"]
     assert [row for row in again if row["method"] in streams] == streamed
+
+
+def test_curves(finished, tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    book, plot = sorted((tiny.folder / "corpus").glob("*.txt"))[0], tmp_path / "curves.png"
+    options = ["--positions", 3, "--plot", plot]
+    for command in (["--streaming", book, *BOUNDED], ["--batches", 1]):
+        result = seqeff("eval", finished, *command, *options)
+        assert result.status == 0, result.errors
+        assert plot.read_bytes().startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [plot]
+        plot.unlink()
 
 
 def test_some_methods_alone(finished, tiny, tmp_path):
@@ -344,7 +391,7 @@ def test_texts_are_read_as_training_reads_them(finished, tmp_path):
     file = tmp_path / "book.txt"
     file.write_bytes(text.encode("utf-8-sig"))
     (document,) = TextFiles(paths=(str(file),)).documents()
-    (book,) = read_books(tokenizer, [file])
+    book = Book.read(tokenizer, file)
     assert document.text == text
     assert book.tokens.tolist() == [tokenizer.end_of_text, *tokenizer.encode(text)]
 
@@ -366,8 +413,8 @@ def test_bad_streams_are_one_line(finished, tmp_path):
         (["--per-book"], "--per-book is for --streaming"),
         (["--chunk", 4], "--chunk is for --streaming"),
         (["--state", "kept"], "--state is for --streaming"),
-        (["--streaming", "book", "--batches", 4], "--batches is of held-out documents"),
-        (["--streaming", "book", "--positions", 4], "--positions is of held-out documents"),
+        (["--streaming", "book", "--batches", 4], "--batches is not for --streaming"),
+        (["--plot", "x.png"], "--plot x.png draws --positions PARTS; give both"),
     ],
 )
 def test_options_that_would_do_nothing(finished, no_devices, options, expected):

@@ -56,10 +56,10 @@ def parameters_of(model):
     return nnx.to_pure_dict(nnx.split(model)[1])
 
 
-def gather(engine, model, requests):
+def gather(engine, model, requests, prefix=()):
     """Each request's pieces, joined: text, ids, log-probabilities, and the reason."""
     found = {}
-    for piece in engine.stream(engine.prepare(parameters_of(model)), requests):
+    for piece in engine.stream(engine.prepare(parameters_of(model)), requests, prefix):
         text, tokens, chances, reason = found.get(piece.request, ("", (), (), None))
         assert reason is None
         found[piece.request] = (
@@ -154,7 +154,7 @@ def test_rows_past_the_slots_change_nothing(made, tokenizer, monkeypatch):
     expected = gather(Engine(config, tokenizer, slots=1), model, REQUESTS)
     monkeypatch.setattr(engine_module, "_LEAST_ROWS", {"cpu": 2})
     engine = Engine(config, tokenizer, slots=1)
-    assert (engine.rows, engine.empty().cache.length.shape) == (2, (2,))
+    assert (engine.rows, engine.empty(count=engine.rows).cache.length.shape) == (2, (2,))
     most = []
 
     def watched(*arguments, **named):
@@ -298,3 +298,36 @@ def test_requests_that_cannot_be(values, error, message):
 def test_engines_that_cannot_be(made, tokenizer, values):
     with pytest.raises(ConfigError, match=f"Engine.{next(iter(values))} = 0"):
         Engine(made("dense")[0], tokenizer, **values)
+
+
+@pytest.mark.parametrize("name", ["dense", "separators", "published", "segments"])
+def test_a_prefix_is_read_once(name, made, tokenizer):
+    """What prompts that begin alike give, without reading their beginning again."""
+    config, model = made(name)
+    (prefix,) = prompts(75, seed=5)
+    requests = [r for r in REQUESTS if len(r.prompt) + r.tokens + len(prefix) < CONTEXT]
+    assert any(r.sampling.repetition_penalty != 1 for r in requests) and len(requests) > 4
+    whole = [dataclasses.replace(r, prompt=[*prefix, *r.prompt]) for r in requests]
+    kept = most_kept_by(config, whole)
+    engine = Engine(config, tokenizer, slots=3, context=CONTEXT, kept=kept, steps=4)
+    expected = gather(engine, model, whole)
+    alone = engine.use
+    found = gather(engine, model, requests, prefix)
+    for one, other in zip(found, expected, strict=True):
+        assert (one[0], one[1], one[3]) == (other[0], other[1], other[3])
+        np.testing.assert_allclose(one[2], other[2], atol=1e-5)
+    assert engine.use.tokens == alone.tokens - (len(requests) - 1) * len(prefix)
+    # the next stream knows nothing of it
+    assert gather(engine, model, requests)[0][1] != found[0][1]
+
+
+def test_a_prefix_takes_its_room(made, tokenizer):
+    config, model = made("dense")
+    engine = Engine(config, tokenizer, context=20)
+    prefix, prompt, long = prompts(12, 5, 8)
+    ((_, tokens, _, reason),) = gather(engine, model, [Request(prompt=prompt, tokens=9)], prefix)
+    assert reason in ("length", "end") and len(tokens) <= 3
+    with pytest.raises(UserError, match="the prompt has 8 tokens; the context of 8 leaves room"):
+        gather(engine, model, [Request(prompt=long, tokens=9)], prefix)
+    with pytest.raises(UserError, match="the prompt has 24 tokens; the context of 20"):
+        gather(engine, model, [Request(prompt=prompt, tokens=9)], prefix * 2)

@@ -141,7 +141,7 @@ class HarnessModel(TemplateLM):
         )
         tokens: list[list[int]] = [[] for _ in made]
         with _bar("generated", len(made)) as bar:
-            for piece in engine.stream(self._parameters, ordered):
+            for piece in engine.stream(engine.prepare(self._parameters), ordered):
                 tokens[order[piece.request]] += piece.tokens
                 bar.update(piece.reason is not None)
         return [

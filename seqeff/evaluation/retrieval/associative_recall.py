@@ -15,28 +15,27 @@ from seqeff.evaluation.retrieval.example import Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssociativeRecall:
-    """MQAR of Arora et al. 2023 ("Zoology").
+    """MQAR of Arora et al. 2023 ("Zoology", arXiv 2312.04927), with the published code's defaults.
 
     After the end of text stand the pairs, a key and its value each, then every key once more, at
-    even distances from the pairs that follow a power law. What stands between is neither; the
-    values do not come again.
+    even distances from the pairs that follow a power law. What stands between is random, but, other
+    than in the published rows, neither a key nor a value, so that every question has one answer.
 
     Attributes:
       pairs: in a row.
-      power: the probability of a distance is in proportion to it to the power of this less 1.
+      power: the probability of a distance is in proportion to it to the power of this less 1; the
+        first pairs' are drawn first.
     """
 
-    pairs: int = 16
+    pairs: int = 8
     power: float = 0.01
+
+    has_depth = False
 
     def __post_init__(self) -> None:
         check_types(self)
         require(self.pairs >= 1, f"AssociativeRecall.pairs = {self.pairs} must be at least 1")
         require(self.power > 0, f"AssociativeRecall.power = {self.power} must be above 0")
-
-    @property
-    def has_depth(self) -> bool:
-        return False
 
     def make(self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random) -> Row:
         """A row of exactly `length` tokens; see `Task.make`.
@@ -73,6 +72,4 @@ class AssociativeRecall:
             index: math.log(1 - choose.random()) / (index + 1) ** (self.power - 1)
             for index in range(count)
         }
-        chosen = sorted(scores, key=scores.__getitem__, reverse=True)[: self.pairs]
-        choose.shuffle(chosen)
-        return chosen
+        return sorted(scores, key=scores.__getitem__, reverse=True)[: self.pairs]

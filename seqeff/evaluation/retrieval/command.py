@@ -10,81 +10,43 @@ from typing import Any
 import numpy as np
 
 from seqeff.checks import UserError
-from seqeff.data import Tokenizer
 from seqeff.data.files import nearest
-from seqeff.evaluation.facts import model_facts
-from seqeff.evaluation.retrieval.example import Task
-from seqeff.evaluation.retrieval.grid import Cell, Grid, Result, evaluate
-from seqeff.evaluation.retrieval.haystack import Filler
-from seqeff.evaluation.retrieval.plot import heat_map, require_matplotlib
+from seqeff.evaluation.retrieval.grid import Cell, Result, evaluate
+from seqeff.evaluation.retrieval.plot import heat_map
 from seqeff.evaluation.retrieval.reader import Reader
 from seqeff.evaluation.retrieval.tasks import TASKS
 
 
-def grid(
+def bindings(
     names: Sequence[str],
     *,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | None,
     depths: Sequence[float] | None,
     examples: int | None,
     seed: int | None,
     filler: Path | None,
-) -> Grid:
-    """What the options ask for; None: the default.
+) -> list[str]:
+    """The options as overrides of a config; None: the default.
 
     Raises:
-      UserError: see `chosen`, or a depth is not from 0 to 1.
-    """
-    for depth in depths or ():
-        if not 0 <= depth <= 1:
-            raise UserError(f"--depths {depth:g} is not from 0 to 1")
-    given = {"depths": depths and sorted(set(depths)), "examples": examples, "seed": seed}
-    return Grid(
-        tasks=chosen(names, filler),
-        lengths=sorted(set(lengths)),
-        **{name: value for name, value in given.items() if value is not None},
-    )
-
-
-def chosen(names: Sequence[str], filler: Path | None) -> dict[str, Task]:
-    """Tasks by their names, with a file's words for filler.
-
-    Raises:
-      UserError: a name is unknown, the file cannot be read, or no task would use it.
+      UserError: there is no task of such a name.
     """
     for name in names:
         if name not in TASKS:
             hint = nearest(name, TASKS)
             raise UserError(f"--retrieval {name}: no such task{hint}; give {', '.join(TASKS)}")
-    tasks = {name: TASKS[name] for name in names}
-    if filler is None:
-        return tasks
-    using = [name for name, task in tasks.items() if hasattr(task, "filler")]
-    if not using:
-        raise UserError(f"--filler {filler}: {', '.join(names)} has no filler; leave it out")
-    words = Filler.read(filler)
-    return tasks | {name: _replaced(tasks[name], filler=words) for name in using}
-
-
-def check_files(json: Path | None, plot: Path | None) -> None:
-    """Raises a UserError if a file could not be written in the end."""
-    for name, file in (("--json", json), ("--plot", plot)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"{name} {file}: there is no folder {file.parent}; make it")
-    if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise UserError(f"--plot {plot} is not called .png; give a name such as plot.png")
-        require_matplotlib()
-
-
-def facts(grid: Grid, model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What results depend on: the settings, the model's config, the tokenizer's hash."""
-    return {
-        "seed": grid.seed,
-        "examples": grid.examples,
-        "tasks": {name: _settings(task) for name, task in grid.tasks.items()},
-        **model_facts(model, tokenizer),
+    tasks = ", ".join(f"{name!r}: @{TASKS[name].__name__}()" for name in names)
+    given = {
+        "Retrieval.lengths": lengths,
+        "Retrieval.depths": depths,
+        "Retrieval.examples": examples,
+        "Retrieval.seed": seed,
+        "Filler.path": filler and str(filler),
     }
+    return [
+        f"Retrieval.tasks={{{tasks}}}",
+        *(f"{name}={value!r}" for name, value in given.items() if value is not None),
+    ]
 
 
 def run(
@@ -137,15 +99,3 @@ def _line(line: Sequence[Result], width: int) -> str:
     text = f"{'':{width}}{line[0].length:>10,}{recall:8.3f}{exact:7.3f}{read:14.1f}"
     depths = "".join(f"{result.recall:7.2f}" for result in line if result.depth is not None)
     return text + (f"{'':17}{depths}" if depths else "")
-
-
-def _replaced(task: Any, **changes: Any) -> Any:
-    return dataclasses.replace(task, **changes)
-
-
-def _settings(task: Any) -> dict[str, Any]:
-    """A task's class and fields; of filler, its hash."""
-    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    if (filler := fields.pop("filler", None)) is not None:
-        fields["filler_sha256"] = filler.sha256
-    return {"class": type(task).__name__, **fields}

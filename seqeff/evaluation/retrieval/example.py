@@ -88,6 +88,16 @@ class Asked(NamedTuple):
     answers: tuple[str, ...]
     depth: float | None
 
+    @property
+    def answer(self) -> str:
+        """What should follow the text."""
+        return " " + ", ".join(self.answers)
+
+    @property
+    def solved(self) -> str:
+        """The text with the answer, for what comes before the one that is asked."""
+        return f"{self.text}{self.answer}."
+
 
 def compose(
     tokenizer: Tokenizer,
@@ -144,7 +154,7 @@ def fingerprint(examples: Iterable[Example | Row]) -> str:
 
 
 def _question(tokenizer: Tokenizer, asked: Asked) -> Question:
-    answer = tokenizer.encode(" " + ", ".join(asked.answers))
+    answer = tokenizer.encode(asked.answer)
     wanted = len(answer) + _SPARE * len(asked.answers)
     tokens = np.array(tokenizer.encode(asked.text), np.int32)
     return Question(tokens, asked.answers, wanted, asked.depth)

@@ -35,7 +35,8 @@ class Score(NamedTuple):
     """Of a continuation.
 
     Attributes:
-      recall: the share of the answers that are among its words.
+      recall: the share of the answers that are among its words; RULER's own takes parts of words
+        too, in any case.
       exact: 1 if its first words are the answers, in any order and perhaps with "and" between.
     """
 
@@ -70,41 +71,46 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
+class Retrieval:
     """What is asked.
 
     Attributes:
       tasks: by their names.
-      lengths: of prompt and answer together, in tokens.
+      lengths: of prompt and answer together, in tokens; without any, that of the run's rows.
       depths: of tasks that have one.
       examples: of each task, length and depth.
-      seed: another one gives other examples. Each depends on nothing else of the grid.
+      seed: another one gives other examples. Each depends on its task's settings, its length and
+        its depth alone.
     """
 
     tasks: Mapping[str, Task]
-    lengths: Sequence[int]
+    lengths: Sequence[int] = ()
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
     examples: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(bool(self.tasks), "Grid.tasks is empty; give at least one")
-        require(bool(self.lengths), "Grid.lengths is empty; give at least one")
-        require(bool(self.depths), "Grid.depths is empty; give at least one")
+        require(bool(self.tasks), "Retrieval.tasks is empty; give at least one")
+        require(bool(self.depths), "Retrieval.depths is empty; give at least one")
+        for length in self.lengths:
+            require(length >= 1, f"Retrieval.lengths has {length}; give numbers of at least 1")
         for depth in self.depths:
-            require(0 <= depth <= 1, f"Grid.depths has {depth}; give numbers from 0 to 1")
-        require(self.examples >= 1, f"Grid.examples = {self.examples} must be at least 1")
+            require(0 <= depth <= 1, f"Retrieval.depths has {depth}; give numbers from 0 to 1")
+        require(self.examples >= 1, f"Retrieval.examples = {self.examples} must be at least 1")
 
-    def cells(self, tokenizer: Tokenizer) -> Iterator[Cell]:
+    def cells(self, tokenizer: Tokenizer, row: int) -> Iterator[Cell]:
         """By task, then length, then depth.
+
+        Args:
+          row: the length where none is given.
 
         Raises:
           UserError: a length is too short for a task; names both.
         """
         for name, task in self.tasks.items():
-            for length in self.lengths:
-                for depth in self.depths if task.has_depth else (None,):
+            for length in sorted({*self.lengths} or {row}):
+                for depth in sorted({*self.depths}) if task.has_depth else (None,):
                     try:
                         yield Cell(
                             name,

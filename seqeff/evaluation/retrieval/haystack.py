@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import itertools
 import random
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from seqeff.checks import UserError, check_types
 from seqeff.data.files import decode_utf8, read_bytes
+from seqeff.paths import LocalPath
 
 SENTENCES = (
     "The path along the river was dry again after three days of wind.",
@@ -46,35 +47,26 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 @dataclasses.dataclass(frozen=True)
 class Filler:
-    """Where filler comes from: words of a text, again and again; without any, `SENTENCES`."""
+    """Where text of no importance comes from.
 
-    text: tuple[str, ...] = ()
+    Attributes:
+      path: a text file, whose words come again and again; null: `SENTENCES`.
+    """
+
+    path: LocalPath | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
 
-    @classmethod
-    def read(cls, file: Path) -> Filler:
-        """Of a text file, whose words are set apart by single spaces.
+    def words(self, choose: random.Random, count: int) -> list[str]:
+        """So many: the sentences in another order each time, or the file's from a place on.
 
         Raises:
-          UserError: it cannot be read, or has no words.
+          UserError: the file cannot be read, or has no words.
         """
-        words = decode_utf8(read_bytes(file), str(file)).split()
-        if not words:
-            raise UserError(f"{file} has no words; give a text, or leave --filler out")
-        return cls(tuple(words))
-
-    @property
-    def sha256(self) -> str:
-        """Of the words."""
-        return hashlib.sha256(" ".join(self.text or SENTENCES).encode()).hexdigest()
-
-    def words(self, choose: random.Random, count: int) -> list[str]:
-        """So many: the sentences in another order each time, or the text from a place on."""
-        if self.text:
-            begin = choose.randrange(len(self.text))
-            following = itertools.cycle((*self.text[begin:], *self.text[:begin]))
+        if self.path is not None:
+            text = _words(self.path)
+            following = itertools.islice(itertools.cycle(text), choose.randrange(len(text)), None)
             return list(itertools.islice(following, count))
         found: list[str] = []
         while len(found) < count:
@@ -128,6 +120,14 @@ def number(choose: random.Random, digits: int) -> str:
 def invented_word(choose: random.Random) -> str:
     """Three syllables that mean nothing."""
     return "".join(choose.choice(_CONSONANTS) + choose.choice(_VOWELS) for _ in range(3))
+
+
+@functools.cache
+def _words(path: str) -> tuple[str, ...]:
+    words = tuple(decode_utf8(read_bytes(Path(path)), path).split())
+    if not words:
+        raise UserError(f"{path} has no words; name another text")
+    return words
 
 
 def _place(words: Sequence[str], depth: float) -> int:

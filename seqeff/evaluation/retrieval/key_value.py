@@ -13,27 +13,25 @@ from seqeff.evaluation.retrieval.haystack import new
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyValue:
-    """Key-value retrieval of Liu et al. 2023 ("Lost in the Middle", section 3).
+    """Key-value retrieval of Liu et al. 2023 ("Lost in the Middle", arXiv 2307.03172, section 3).
 
     The context holds as many pairs as fit. Each question follows it directly, as if there were no
     other, and asks for one of the pairs that stand at even depths, in an order of no meaning.
 
     Attributes:
-      questions: after one context.
-      characters: hexadecimal, of a key and of a value.
+      questions: after one context; the paper asks one.
+      characters: hexadecimal, of a key and of a value; the paper's UUIDs have 32.
     """
 
     questions: int = 11
-    characters: int = 8
+    characters: int = 32
+
+    has_depth = False
 
     def __post_init__(self) -> None:
         check_types(self)
         require(self.questions >= 1, f"KeyValue.questions = {self.questions} must be at least 1")
         require(self.characters >= 4, f"KeyValue.characters = {self.characters} must be at least 4")
-
-    @property
-    def has_depth(self) -> bool:
-        return False
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

@@ -18,18 +18,16 @@ THINGS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Needle:
-    """The needle in a haystack of Kamradt 2023 ("LLMTest_NeedleInAHaystack")."""
+    """The needle in a haystack of Kamradt 2023 ("LLMTest_NeedleInAHaystack"), of changing facts."""
 
     filler: Filler = Filler()
 
+    has_depth = True
+
     def __post_init__(self) -> None:
         check_types(self)
-
-    @property
-    def has_depth(self) -> bool:
-        return True
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

@@ -13,22 +13,20 @@ from seqeff.evaluation.retrieval.haystack import Filler, hide, new, number, word
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passkey:
-    """The pass key of Mohtashami and Jaggi 2023 ("Landmark Attention").
+    """The pass key of Mohtashami and Jaggi 2023 ("Landmark Attention", arXiv 2305.16300).
 
     Attributes:
-      digits: of the key.
+      digits: of the key; the paper's has up to five.
     """
 
     digits: int = 5
     filler: Filler = Filler()
 
+    has_depth = True
+
     def __post_init__(self) -> None:
         check_types(self)
         require(self.digits >= 1, f"Passkey.digits = {self.digits} must be at least 1")
-
-    @property
-    def has_depth(self) -> bool:
-        return True
 
     def make(
         self, tokenizer: Tokenizer, length: int, depth: float, choose: random.Random

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -22,12 +23,7 @@ from seqeff.inference import (
     generation_context,
     most_kept_by,
 )
-from seqeff.inference.engine import CHUNKS
-from seqeff.inference.sampling import Settings
-from seqeff.inference.slots import Chunk, Slots
-from seqeff.inference.text import StoppedText
-from seqeff.models import TransformerConfig, cached_parameters
-from seqeff.models.caches import select_rows
+from seqeff.models import TransformerConfig
 from seqeff.models.flops import abstract_model, entries_of_tokens
 
 _GREEDY = Sampling(temperature=0, top_k=None)
@@ -56,8 +52,8 @@ class ModelReader:
     """A model that answers greedily.
 
     Contexts with one question go through the engine, many at a time. A context with several is
-    read once, by itself, and its cache is then copied for as many questions as there are slots: so
-    each further question costs its own tokens, and the memory is that of the engine's slots.
+    read once, by itself, and its questions begin with copies of its cache: so each costs its own
+    tokens.
     """
 
     def __init__(
@@ -77,11 +73,9 @@ class ModelReader:
           slots, context, kept: see `Engine`.
         """
         self.use = CacheUse()
-        self._config, self._given, self._tokenizer = config, parameters, tokenizer
-        self._engine, self._single = (
-            Engine(config, tokenizer, slots=count, context=context, kept=kept)
-            for count in (slots, 1)
-        )
+        self._parameters = parameters
+        self._engine = Engine(config, tokenizer, slots=slots, context=context, kept=kept)
+        self._prepared = self._engine.prepare(parameters)
         size, graph = tokenizer.vocabulary_size, nnx.split(abstract_model(config))[0]
         self._predict = jax.jit(functools.partial(_predict, graph, size))
 
@@ -119,14 +113,25 @@ class ModelReader:
 
     def answers(self, examples: Sequence[Example]) -> list[list[str]]:
         """See `Reader`."""
-        if any(len(example.questions) > 1 for example in examples):
-            self.use = CacheUse()
-            return [list(self._shared(example)) for example in examples]
-        texts = [""] * len(examples)
-        for piece in self._engine.stream(self._engine.prepare(self._given), _requests(examples)):
+        self.use = CacheUse()
+        if all(len(example.questions) == 1 for example in examples):
+            return [[text] for text in self._continuations(_requests(examples))]
+        return [
+            self._continuations(
+                (_request(question.tokens, question) for question in example.questions),
+                example.context.tolist(),
+            )
+            for example in examples
+        ]
+
+    def _continuations(self, requests: Iterable[Request], prefix: Sequence[int] = ()) -> list[str]:
+        """The text that each request gives."""
+        texts: dict[int, str] = collections.defaultdict(str)
+        for piece in self._engine.stream(self._prepared, requests, prefix):
             texts[piece.request] += piece.text
-        self.use = self._engine.use
-        return [[text] for text in texts]
+        use = self._engine.use
+        self.use.add(use.tokens, use.read, use.resident)
+        return [texts[number] for number in sorted(texts)]
 
     def predictions(self, rows: Sequence[Row]) -> list[Int[np.ndarray, " questions"]]:
         """See `Reader`."""
@@ -137,72 +142,20 @@ class ModelReader:
             # the last rows are repeated, so that nothing compiles anew
             whole = [part[min(index, len(part) - 1)] for index in range(_ROWS)]
             tokens, places = (np.stack(x) for x in list(zip(*whole, strict=True))[:2])
-            best, read, most = jax.device_get(self._predict(self._given, tokens, places))
+            best, read, most = jax.device_get(self._predict(self._parameters, tokens, places))
             found += list(best[: len(part)])
             self.use.add(tokens[: len(part)].size, read[: len(part)].sum(), most.max())
         return found
-
-    @functools.cached_property
-    def _parameters(self) -> Any:
-        return jax.jit(functools.partial(cached_parameters, self._config))(self._given)
-
-    def _shared(self, example: Example) -> Iterator[str]:
-        """The continuations of the questions of one context."""
-        slots, size = self._single.empty(), CHUNKS[-1]
-        for first in range(0, len(example.context), size):
-            part = example.context[first : first + size]
-            chunk = _chunk([part], size, [0], begins=first == 0)
-            slots, drawn = self._single.read(self._parameters, slots=slots, rows=None, chunk=chunk)
-            self.use.add(len(part), drawn.read.sum(), drawn.resident.max())
-        count = self._engine.slots
-        for first in range(0, len(example.questions), count):
-            part = example.questions[first : first + count]
-            yield from self._continued(select_rows(slots, jnp.zeros(count, jnp.int32)), part)
-
-    def _continued(self, slots: Slots, questions: Sequence[Question]) -> Iterator[str]:
-        """The continuations of questions, each in a slot that holds the context."""
-        none, unused = np.zeros(0, np.int32), self._engine.slots - len(questions)
-        tokens = [*(question.tokens for question in questions), *[none] * unused]
-        wanted = [*(question.wanted for question in questions), *[0] * unused]
-        size = -(-max(map(len, tokens)) // CHUNKS[0]) * CHUNKS[0]
-        chunk = _chunk(tokens, size, wanted, begins=False)
-        slots, drawn = self._engine.read(self._parameters, slots=slots, rows=None, chunk=chunk)
-        self.use.add(sum(map(len, tokens)), drawn.read.sum(), drawn.resident.max())
-        calls = [jax.tree.map(lambda x: x[None], drawn)]
-        for _ in range(1, max(wanted), self._engine.steps):
-            slots, drawn = self._engine.decode(self._parameters, slots=slots, way="greedy")
-            self.use.add(drawn.is_real.sum(), drawn.read.sum(), drawn.resident.max())
-            calls.append(drawn)
-        token, is_real = (
-            np.concatenate(jax.device_get(x))
-            for x in ([call.token for call in calls], [call.is_real for call in calls])
-        )
-        for row in range(len(questions)):
-            text = StoppedText(self._tokenizer, ())
-            own = token[is_real[:, row], row].tolist()
-            pushed = [text.push(x) for x in own if x != self._tokenizer.end_of_text]
-            yield "".join([*pushed, text.finish()])
 
 
 def _requests(examples: Iterable[Example]) -> Iterator[Request]:
     for example in examples:
         for question in example.questions:
-            prompt = np.concatenate([example.context, question.tokens]).tolist()
-            yield Request(prompt=prompt, tokens=question.wanted, sampling=_GREEDY)
+            yield _request(np.concatenate([example.context, question.tokens]), question)
 
 
-def _chunk(
-    texts: Sequence[Int[np.ndarray, " tokens"]], size: int, wanted: Sequence[int], *, begins: bool
-) -> Chunk:
-    """Texts as rows of `size` tokens, padded."""
-    tokens = np.stack([np.pad(text, (0, size - len(text))) for text in texts])
-    return Chunk(
-        jnp.asarray(tokens, jnp.int32),
-        jnp.asarray([len(text) for text in texts], jnp.int32),
-        jnp.full(len(texts), begins),
-        jnp.asarray(wanted, jnp.int32),
-        Settings.of([_GREEDY] * len(texts)),
-    )
+def _request(prompt: Int[np.ndarray, " tokens"], question: Question) -> Request:
+    return Request(prompt=prompt.tolist(), tokens=question.wanted, sampling=_GREEDY)
 
 
 def _predict(

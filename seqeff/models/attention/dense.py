@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from seqeff.checks import check_types, require
 from seqeff.models.attention.protocol import take_rows
@@ -38,6 +39,12 @@ class DenseAttention:
     def cache(self) -> CacheKind:
         """Every token, or a ring of the window's."""
         return TokenCache() if self.window is None else BlockCache(self.window)
+
+    def attended(self, length: int, density: float) -> Float[np.ndarray, " length"]:
+        return np.minimum(np.arange(1.0, length + 1), self.window or length)
+
+    def farthest(self, length: int) -> int:
+        return min(self.window or length, length)
 
     def plan(
         self, tokens: Int[Array, "batch length"], document_start: Int[Array, "batch length"] | None

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol, Self, overload, runtime_checkable
 
 import jax
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from seqeff.models.heads import Heads
 from seqeff_kernels.range_attention import Source
@@ -18,7 +19,8 @@ class Attention(Protocol):
 
     Nothing else has to know it: a gin file imports its module and binds
     `TransformerConfig.attention = @MyAttention()`. One that can decode from fewer entries than all
-    also has the method `cache` of `caches.CachedAttention`.
+    also has the method `cache` of `caches.CachedAttention`; what else it may tell of itself is in
+    `MeasuredAttention` and `NamedStream`.
     """
 
     def for_vocabulary(self, vocabulary: Sequence[str]) -> Self:
@@ -44,6 +46,37 @@ class Attention(Protocol):
         the batch may have its own first. `length` is that of the plan. No row may see an entry made
         from a later token.
         """
+        ...
+
+
+@runtime_checkable
+class MeasuredAttention(Protocol):
+    """An attention of which is known, without a model, how much it attends and how far."""
+
+    def attended(self, length: int, density: float) -> Float[np.ndarray, " length"]:
+        """Entries that each of the first `length` rows attends, in the mean over texts.
+
+        Args:
+          density: the fraction of tokens that are separators by their text or id.
+        """
+        ...
+
+    def farthest(self, length: int) -> int:
+        """The largest distance in positions, itself counted, that a row of so many tokens sees."""
+        ...
+
+
+@runtime_checkable
+class NamedStream(Protocol):
+    """An attention that a paper has read endless texts with, beside which StreamingLLM is read."""
+
+    @property
+    def stream_name(self) -> str:
+        """The paper's."""
+        ...
+
+    def as_streaming_llm(self) -> Self:
+        """StreamingLLM of as many entries; one that is StreamingLLM returns itself."""
         ...
 
 

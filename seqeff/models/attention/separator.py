@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from seqeff.checks import ConfigError, check_types, require
 from seqeff.models import separator_tokens
@@ -240,6 +241,48 @@ class SeparatorAttention:
             compact=compact,
         )
 
+    def attended(self, length: int, density: float) -> Float[np.ndarray, " length"]:
+        """Those of the window, the initial tokens before it, and the separators between these two.
+
+        Separators are independent; those of an `interval` come on top of the density.
+        """
+        row = np.arange(length)
+        before = np.maximum(row + 1 - self.window, 0)
+        initial = np.minimum(before, self.initial_tokens)
+        between = before - initial
+        density = density if dataclasses.replace(self, interval=None).might_keep else 0.0
+        if self.interval is not None:
+            density = 1 - (1 - density) * (1 - 1 / self.interval)
+        kept = density * between
+        if self.separators is not None:
+            kept = _expected_minimum(length, density, self.separators)[between]
+        return np.minimum(row + 1, self.window) + initial + kept
+
+    def farthest(self, length: int) -> int:
+        if not self.initial_tokens and not self.might_keep:
+            return min(self.window, length)
+        if self.positions == "absolute":
+            return length
+        kept = (self.separators or length) if self.might_keep else 0
+        return min(self.cache_entries or self.initial_tokens + kept + self.window, length)
+
+    @property
+    def stream_name(self) -> str:
+        if not self.might_keep:
+            return "StreamingLLM"
+        # what is kept without separators is kept by interval
+        return "SepLLM" if dataclasses.replace(self, interval=None).might_keep else "FixLLM"
+
+    def as_streaming_llm(self) -> Self:
+        """The window takes the separators' place."""
+        if not self.might_keep:
+            return self
+        window = self.window + (self.separators or 0)
+        if self.cache_entries is not None:
+            window = self.cache_entries - self.initial_tokens
+        without = {"separators": None, "separator_ids": (), "characters": "", "preset": None}
+        return dataclasses.replace(self, window=window, interval=None, **without)
+
     def _compact(
         self, lists: Sequence[Kept], positions: Int[Array, "batch length"], ranked: bool
     ) -> list[Kept]:
@@ -263,6 +306,19 @@ class SeparatorAttention:
             )
             between = between + visible
         return placed[::-1]
+
+
+def _expected_minimum(most: int, density: float, limit: int) -> Float[np.ndarray, " counts"]:
+    """The mean of `min(limit, separators)` among 0, 1, ..., `most` tokens that are independent."""
+    fewer = np.zeros(limit)  # the chance of 0, 1, ..., limit - 1 separators so far
+    fewer[0] = 1.0
+    means = np.zeros(most + 1)
+    for count in range(1, most + 1):
+        # one more token adds a separator that counts, where there were fewer than the limit
+        means[count] = means[count - 1] + density * fewer.sum()
+        fewer[1:] = fewer[1:] * (1 - density) + fewer[:-1] * density
+        fewer[0] *= 1 - density
+    return means
 
 
 def _through(

@@ -2,7 +2,7 @@
 
 from seqeff.models.caches.blocks import BlockCache
 from seqeff.models.caches.entries import aligned
-from seqeff.models.caches.layers import LayersCache, kind_of, replace_rows, select_rows
+from seqeff.models.caches.layers import LayersCache, kind_of, replace_rows, select_rows, where_rows
 from seqeff.models.caches.protocol import CachedAttention, CacheKind, Sizes
 from seqeff.models.caches.published import PublishedCache
 from seqeff.models.caches.whole import TokenCache, WholeCache
@@ -20,4 +20,5 @@ __all__ = [
     "kind_of",
     "replace_rows",
     "select_rows",
+    "where_rows",
 ]

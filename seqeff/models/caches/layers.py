@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from seqeff.models.caches.protocol import CachedAttention, CacheKind, Sizes
 from seqeff.models.caches.whole import WholeCache
@@ -49,6 +49,15 @@ def kind_of(attention: Any) -> CacheKind:
 def select_rows(cache: Any, rows: Int[Array, " rows"]) -> Any:
     """The cache with these rows of the batch, in this order; of a model's or of some layers."""
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), cache)
+
+
+def where_rows(rows: Bool[Array, " batch"], cache: Any, other: Any) -> Any:
+    """The cache in these rows, of as many or of one that stands for each; in the rest the other."""
+
+    def choose(x: Array, y: Array) -> Array:
+        return jnp.where(rows.reshape(-1, *(1,) * (y.ndim - 1)), x, y)
+
+    return jax.tree.map(choose, cache, other)
 
 
 def replace_rows(cache: Any, rows: Int[Array, " rows"], others: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from stubs import Bytes, Constant, Oracle
 
-from seqeff.evaluation.retrieval import TASKS, Cell, Grid, ModelReader, Row, evaluate, score
+from seqeff.evaluation.retrieval import TASKS, Cell, ModelReader, Retrieval, Row, evaluate, score
 from seqeff.evaluation.retrieval.example import Example, Question
 from seqeff.models import (
     DenseAttention,
@@ -109,8 +109,9 @@ def test_what_a_continuation_is_worth(text, answers, expected):
 
 @pytest.mark.parametrize(("reader", "expected"), [(Oracle(), 1.0), (Constant(), 0.0)])
 def test_who_knows_everything_and_who_knows_nothing(reader, expected):
-    grid = Grid(tasks=TASKS, lengths=[3000], depths=[0.0, 1.0], examples=2)
-    results = [result for cell in grid.cells(TOKENIZER) for result in evaluate(reader, cell)]
+    tasks = {name: task() for name, task in TASKS.items()}
+    grid = Retrieval(tasks=tasks, depths=[1.0, 0.0], examples=2)
+    results = [result for cell in grid.cells(TOKENIZER, 3000) for result in evaluate(reader, cell)]
     assert {result.task for result in results} == {*TASKS}
     for result in results:
         assert result.recall == result.exact == expected

@@ -1,14 +1,18 @@
 """`seqeff eval --retrieval`: its table, its files, and what it refuses."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_run import refused, seqeff
 
 from seqeff.checks import UserError
+from seqeff.config import load, split_overrides
 from seqeff.data import Tokenizer
-from seqeff.evaluation.retrieval import TASKS, Grid
+from seqeff.evaluation.retrieval import TASKS, AssociativeRecall, Passkey, Retrieval
 from seqeff.evaluation.retrieval.example import fingerprint
 from seqeff.evaluation.retrieval.grid import Result
 from seqeff.evaluation.retrieval.plot import heat_map
@@ -21,8 +25,10 @@ SMALL = ["--lengths", 300, "--depths", 0, 1, "--examples", 2]
 def test_a_table_and_a_report(finished, tmp_path):
     file = tmp_path / "found.json"
     command = ["eval", finished, "--retrieval", "passkey", "mqar", *SMALL, "--seed", 7]
-    override = "--gin.Train.log_every=2"
-    done = seqeff(*command, "--json", file, override)
+    settings = ["--gin.Train.log_every=2", "--gin.Passkey.digits=7"]
+    settings.append("--gin.AssociativeRecall.pairs=4")
+    command += settings
+    done = seqeff(*command, "--json", file)
     assert done.status == 0, done.errors
     assert "warning: positions go up to 300, in training up to 32" in done.errors
     header, passkey, other, mqar = done.output.splitlines()
@@ -44,29 +50,42 @@ def test_a_table_and_a_report(finished, tmp_path):
 
     report = json.loads(file.read_text())
     assert report["benchmark"] == "retrieval"
-    assert (report["seed"], report["examples"]) == (7, 2)
-    assert (report["run"], report["checkpoint"]) == (str(finished), 24)
-    assert report["overrides"] == ["Train.log_every=2"]
-    assert report["model"]["attention"] == "DenseAttention"
-    assert report["tasks"]["passkey"]["digits"] == 5
-    assert len(report["tasks"]["passkey"]["filler_sha256"]) == 64
+    assert (report["run"], report["step"], report["seed"]) == (str(finished), 24, 7)
     tokenizer = Tokenizer.load(finished / "tokenizer")
     assert report["tokenizer"] == tokenizer.fingerprint
-    tasks = {name: TASKS[name] for name in ("passkey", "mqar")}
-    grid = Grid(tasks=tasks, lengths=[300], depths=[0.0, 1.0], examples=2, seed=7)
-    cells = list(grid.cells(tokenizer))
+    assert [f"--gin.{override}" for override in report["overrides"][-3:]] == settings
+    # its config is all that it takes to ask again
+    kept = tmp_path / "again.gin"
+    kept.write_text(report["config"])
+    (retrieval,) = load(kept, others=["Retrieval"]).others
+    tasks = {"passkey": Passkey(digits=7), "mqar": AssociativeRecall(pairs=4)}
+    assert retrieval == Retrieval(
+        tasks=tasks, lengths=(300,), depths=(0.0, 1.0), examples=2, seed=7
+    )
+    cells = {(cell.task, cell.depth): cell for cell in retrieval.cells(tokenizer, 32)}
     assert len(report["results"]) == len(cells) == 3
-    for cell, found in zip(cells, report["results"], strict=True):
+    for found in report["results"]:
         result = Result(**found)
-        assert (result.task, result.length, result.depth) == (cell.task, 300, cell.depth)
+        cell = cells.pop((result.task, result.depth))
+        assert result.length == cell.length == 300
         assert result.sha256 == fingerprint(cell.examples)
-        assert result.questions == (2 if cell.task == "passkey" else 32)
+        assert result.questions == (2 if cell.task == "passkey" else 8)
         assert 0 <= result.exact <= result.recall <= 1
         assert 0 < result.entries_read <= result.entries_resident <= 300
     first = report["results"]
     assert seqeff(*command, "--json", file).output == done.output
     for one, again in zip(first, json.loads(file.read_text())["results"], strict=True):
         assert one | {"seconds": 0} == again | {"seconds": 0}
+
+
+def test_one_task_with_several_settings(finished):
+    """As the README has it."""
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (command,) = re.findall(r"`(--gin\.Retrieval\.tasks=[^`]*)`", text)
+    overrides, rest = split_overrides(shlex.split(command))
+    found = load(finished / "operative_config.gin", overrides, others=["Retrieval"])
+    tasks = {"mqar-8": AssociativeRecall(), "mqar-64": AssociativeRecall(pairs=64)}
+    assert found.others == (Retrieval(tasks=tasks),) and not rest
 
 
 def test_tasks_at_the_length_of_the_run(finished):
@@ -90,8 +109,9 @@ def test_tasks_at_the_length_of_the_run(finished):
 def test_tokens_are_those_of_the_text(finished):
     """A question's begin where the tokenizer would cut the whole text."""
     tokenizer = Tokenizer.load(finished / "tokenizer")
-    grid = Grid(tasks=TASKS, lengths=[3000], depths=[0.5], examples=1)
-    for cell in grid.cells(tokenizer):
+    tasks = {name: task() for name, task in TASKS.items()}
+    grid = Retrieval(tasks=tasks, lengths=[3000], depths=[0.5], examples=1)
+    for cell in grid.cells(tokenizer, 32):
         for example in cell.examples:
             for question in getattr(example, "questions", ()):
                 whole = [*example.context, *question.tokens]
@@ -131,18 +151,26 @@ def test_without_matplotlib(finished, tmp_path, monkeypatch, no_devices):
         (["--retrieval", "paskey"], "--retrieval paskey: no such task; did you mean 'passkey'?"),
         (["--retrieval", "passkey"], "passkey: 32 tokens are too few: the shortest prompt"),
         (["--retrieval", "mqar", "--lengths", 0], "--lengths: '0' is not a whole number"),
-        (["--retrieval", "needle", "--depths", 1.5], "--depths 1.5 is not from 0 to 1"),
-        (["--retrieval", "needle", "--depths", "nan"], "--depths nan is not from 0 to 1"),
+        (["--retrieval", "needle", "--depths", 1.5], "--depths: '1.5' is not a number from 0 to 1"),
+        (
+            ["--retrieval", "needle", "--depths", "nan"],
+            "--depths: 'nan' is not a number from 0 to 1",
+        ),
         (["--retrieval", "needle", "--examples", 0], "--examples: '0' is not a whole number"),
         (["--retrieval", "needle", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["--retrieval", "needle", "--filler", "absent"], "cannot read absent: No such file"),
-        (["--retrieval", "needle", "--filler", "empty"], "empty has no words"),
-        (["--retrieval", "needle", "--filler", "latin"], "latin is not UTF-8"),
-        (["--retrieval", "mqar", "--filler", "latin"], "--filler latin: mqar has no filler"),
+        (["--retrieval", "needle", "--filler", "absent"], "/absent: No such file"),
+        (["--retrieval", "needle", "--filler", "empty"], "/empty has no words"),
+        (["--retrieval", "needle", "--filler", "latin"], "/latin is not UTF-8"),
+        (
+            ["--retrieval", "mqar", "--filler", "latin"],
+            "Filler.path is never used: no Filler is built",
+        ),
+        (["--retrieval", "mqar", "--gin.Needle.filler=null"], "no Needle is built"),
+        (["--retrieval", "mqar", "--gin.AssociativeRecall.pair=2"], "did you mean pairs?"),
         (["--retrieval", "mqar", "--json", "no/x.json"], "--json no/x.json: there is no folder no"),
         (["--retrieval", "mqar", "--plot", "no/x.png"], "--plot no/x.png: there is no folder no"),
         (["--retrieval", "mqar", "--plot", "x.pdf"], "--plot x.pdf is not called .png"),
-        (["--retrieval", "mqar", "--batches", 1], "leave it out with --retrieval"),
+        (["--retrieval", "mqar", "--batches", 1], "--batches is not for --retrieval"),
         (["--retrieval", "mqar", "--carry"], "--carry is for --streaming BOOK...; give both"),
         (["--retrieval", "mqar", "--streaming", "b"], "--streaming and --retrieval are two"),
         (["--seed", 0], "--seed is for --retrieval TASK... or --harness TASK...; give"),

@@ -14,11 +14,13 @@ from seqeff.evaluation.retrieval import (
     CommonWords,
     Filler,
     FrequentWords,
-    Grid,
+    KeyHaystack,
     KeyValue,
+    MultiKey,
     MultiNeedle,
     Needle,
     Passkey,
+    Retrieval,
     Row,
     VariableTracking,
 )
@@ -28,8 +30,9 @@ from seqeff.evaluation.retrieval.tasks import TASKS
 
 TOKENIZER = Bytes()
 # bytes of what the text grows by at a time, and a full stop
-UNIT = 32
-HIDDEN = {name: TASKS[name] for name in ("passkey", "needle", "niah-single", "niah-multikey")}
+UNIT = {"key-value": 80}
+TASK = {name: task() for name, task in TASKS.items()}
+HIDDEN = ("passkey", "needle", "niah-single", "niah-multikey", "niah-haystack")
 
 
 def make(task, length=2000, depth=0.5, seed=0):
@@ -44,12 +47,12 @@ def whole(example, question):
 @pytest.mark.parametrize("name", TASKS)
 def test_prompt_and_answer_fill_the_length(name, length):
     for seed in range(3):
-        example = make(TASKS[name], length, seed=seed)
+        example = make(TASK[name], length, seed=seed)
         if isinstance(example, Row):
             assert len(example.tokens) == length
             continue
         longest = max(whole(example, question) for question in example.questions)
-        assert length - UNIT < longest <= length
+        assert length - UNIT.get(name, 32) < longest <= length
         assert example.context[0] == TOKENIZER.begin_of_text
         for question in example.questions:
             # an answer and a few further tokens
@@ -61,7 +64,7 @@ def test_prompt_and_answer_fill_the_length(name, length):
 def test_the_answer_stands_at_its_depth(name, depth):
     longest = max(map(len, SENTENCES))
     for seed in range(5):
-        example = make(HIDDEN[name], 3000, depth, seed)
+        example = make(TASK[name], 3000, depth, seed)
         (question,) = example.questions
         assert question.depth == depth
         context = TOKENIZER.decode(example.context)
@@ -100,7 +103,7 @@ def numbers_of(example):
 )
 def test_numbers_of_several_things(name, keys, values, queries):
     for seed in range(5):
-        example = make(TASKS[name], seed=seed)
+        example = make(TASK[name], seed=seed)
         numbers = numbers_of(example)
         assert len(numbers) == keys
         assert {len(found) for found in numbers.values()} == {values}
@@ -113,45 +116,88 @@ def test_numbers_of_several_things(name, keys, values, queries):
         assert places == sorted(places)
 
 
+def test_a_haystack_of_needles():
+    """One asked for, and the text is those of other keys."""
+    for seed in range(5):
+        example = make(KeyHaystack(), 3000, 0.25, seed)
+        numbers = numbers_of(example)
+        assert len(numbers) > 50 and {len(found) for found in numbers.values()} == {1}
+        (question,) = example.questions
+        (key,) = re.findall(r"number of the (\w+)\?", TOKENIZER.decode(question.tokens))
+        assert question.answers == (*numbers[key],)
+        assert abs([*numbers].index(key) / len(numbers) - 0.25) < 0.05
+
+
 def test_variables_follow_from_each_other():
     for seed in range(5):
         example = make(VariableTracking(chains=2, hops=3), seed=seed)
-        held = {}
-        statements = re.findall(r"Let (\w+) = (\w+)\.", text_of(example))
-        assert len(statements) == 8
-        for name, value in statements:
-            # what a variable is given has come before
-            held[name] = value if value.isdecimal() else held[value]
         (question,) = example.questions
-        value = re.search(r"value (\d+)\?", TOKENIZER.decode(question.tokens))[1]
-        assert sorted(question.answers) == sorted(x for x in held if held[x] == value)
-        assert len(question.answers) == 4
+        shot, text = text_of(example).split("\n\n")
+        solved = re.search(r"the variables are (.*)\.$", shot)[1].split(", ")
+        for part, answers, letters in ((shot, solved, 3), (text, question.answers, 5)):
+            held = {}
+            statements = re.findall(r"Let (\w+) = (\w+)\.", part)
+            assert len(statements) == 8
+            for name, value in statements:
+                # what a variable is given has come before
+                held[name] = value if value.isdecimal() else held[value]
+                assert len(name) == letters
+            value = re.search(r"variables, 4 in all, have the value (\d{5})\?", part)[1]
+            assert sorted(answers) == sorted(x for x in held if held[x] == value)
 
 
-def counts_of(example):
-    text = TOKENIZER.decode(example.context).partition("\n")[2]
-    return collections.Counter(text.split()).most_common()
+def counts_of(text):
+    """Of the words of a list, the second line."""
+    return collections.Counter(text.split("\n")[1].split()).most_common()
 
 
-def test_common_words_come_more_often():
-    example = make(CommonWords(common=4, often=9, seldom=2))
-    counts = counts_of(example)
+def common_words(text):
+    """Of the words of a numbered list."""
+    places = re.findall(r"(\d+)\. (\w+)", text.split("\n")[1])
+    assert [int(number) for number, _ in places] == [*range(1, len(places) + 1)]
+    return collections.Counter(word for _, word in places).most_common()
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "often", "seldom", "words", "shot"),
+    [
+        # as the published code has them
+        (CommonWords(), 12000, 30, 3, 10, (40, 10, 3)),
+        (CommonWords(), 4095, 6, 1, 10, (20, 3, 1)),
+        (CommonWords(common=4, often=9, seldom=2), 2000, 9, 2, 4, (14, 3, 1)),
+    ],
+)
+def test_common_words_come_more_often(task, length, often, seldom, words, shot):
+    example = make(task, length)
     (question,) = example.questions
-    assert {word for word, _ in counts[:4]} == {*question.answers}
-    assert [count for _, count in counts[:4]] == [9] * 4
-    assert {count for _, count in counts[4:-1]} == {2}
+    before, text = text_of(example).split("\n\n")
+    counts = common_words(text)
+    assert {word for word, _ in counts[:words]} == {*question.answers}
+    assert [count for _, count in counts[:words]] == [often] * words
+    assert {count for _, count in counts[words:-1]} == {seldom}
+    counts = common_words(before)
+    solved = re.search(r"the words are (.*)\.$", before)[1].split(", ")
+    assert {word for word, _ in counts[:words]} == {*solved}
+    assert {count for _, count in counts[:words]} == {shot[1]}
+    assert {count for _, count in counts[words:]} == {shot[2]} and len(counts) == shot[0]
+
+
+@pytest.mark.parametrize("task", [CommonWords(shots=0), VariableTracking(shots=0)])
+def test_without_shots(task):
+    assert "\n\n" not in text_of(make(task, 2000))
 
 
 @pytest.mark.parametrize("length", [600, 3000])
 def test_frequent_words_are_the_most_frequent(length):
     for seed in range(5):
         example = make(FrequentWords(), length, seed=seed)
-        counts = counts_of(example)
+        (dots, most), *counts = counts_of(text_of(example))
         (question,) = example.questions
-        assert {word for word, _ in counts[:3]} == {*question.answers}
+        assert dots == "..." and {word for word, _ in counts[:3]} == {*question.answers}
         assert counts[2][1] > counts[3][1]
-        most = counts[0][1]
-        assert [count for _, count in counts[1:4]] == [most // 4, most // 9, most // 16]
+        # every word that comes at all
+        assert [count for _, count in counts] == [most // k**2 for k in range(2, len(counts) + 2)]
+        assert most < (len(counts) + 2) ** 2
 
 
 def test_pairs_are_asked_for_at_even_depths():
@@ -195,9 +241,10 @@ def test_distances_follow_the_power_law():
 def test_a_seed_repeats_its_examples(name):
     def hashes(**changes):
         settings = {"lengths": [3000, 3400], "depths": [0.0, 0.5], "examples": 2, "seed": 3}
-        grid = Grid(tasks={name: TASKS[name]}, **settings | changes)
+        grid = Retrieval(tasks={name: TASK[name]}, **settings | changes)
         return {
-            (cell.length, cell.depth): fingerprint(cell.examples) for cell in grid.cells(TOKENIZER)
+            (cell.length, cell.depth): fingerprint(cell.examples)
+            for cell in grid.cells(TOKENIZER, 3000)
         }
 
     first = hashes()
@@ -210,7 +257,7 @@ def test_a_seed_repeats_its_examples(name):
 
 
 def test_examples_are_the_same_on_every_machine():
-    found = {name: fingerprint([make(task, 3000)])[:16] for name, task in TASKS.items()}
+    found = {name: fingerprint([make(task, 3000)])[:16] for name, task in TASK.items()}
     assert found == KNOWN
 
 
@@ -219,29 +266,31 @@ KNOWN = {
     "needle": "aa1684d0f21b093e",
     "niah-single": "96bb71b06ca1fd2d",
     "niah-multikey": "f4c48615c8c21ccf",
+    "niah-haystack": "22a1f8e1fae24a4e",
     "niah-multivalue": "6f08434a1a3df18e",
     "niah-multiquery": "608f17e8b1259fe0",
-    "key-value": "c6a4d41e3d25fc93",
-    "mqar": "ada3beb1e027b062",
-    "variable-tracking": "ea10369dc7d7484d",
-    "common-words": "dc47144c0371d48a",
-    "frequent-words": "570f363099ed9c66",
+    "key-value": "5e197e7924fbc6ed",
+    "mqar": "9093b50dc8e5e827",
+    "variable-tracking": "bad5aed9fabf3146",
+    "common-words": "c4a80b78d3d2ffd7",
+    "frequent-words": "9c9bee851686712b",
 }
 
 
 def test_examples_of_a_cell_differ():
-    (cell,) = Grid(tasks={"passkey": Passkey()}, lengths=[900], depths=[0.5]).cells(TOKENIZER)
+    (cell,) = Retrieval(tasks={"passkey": Passkey()}, lengths=[900], depths=[0.5]).cells(
+        TOKENIZER, 3000
+    )
     assert len({text_of(example) for example in cell.examples}) == 10
 
 
 def test_filler_of_a_file(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("One two three. Four,\nfive six! Seven eight")
-    filler = Filler.read(file)
-    assert len(filler.text) == 8
+    filler = Filler(str(file))
     words = filler.words(random.Random(0), 20)
-    assert words[:8] == words[8:16] and sorted(words[:8]) == sorted(filler.text)
-    assert filler.sha256 != Filler().sha256
+    assert words[:8] == words[8:16] and sorted(words[:8]) == sorted(file.read_text().split())
+    assert filler.words(random.Random(1), 3) != words[:3]
     text = text_of(make(Passkey(filler=filler)))
     assert "Seven eight One two three." in text
 
@@ -256,12 +305,14 @@ def test_hidden_sentences_stand_between_sentences():
     assert words_of(hide(["a"] * 200, [(0.5, "M.")])).index("M") == 100
 
 
-def test_what_the_filler_holds_is_not_the_answer():
-    everything = " ".join(THINGS_BUT_ONE).split()
-    example = make(Needle(filler=Filler(tuple(everything))))
+def test_what_the_filler_holds_is_not_the_answer(tmp_path):
+    all_but_one, all_things = tmp_path / "most.txt", tmp_path / "all.txt"
+    all_but_one.write_text(" ".join(THINGS_BUT_ONE))
+    all_things.write_text(" ".join([*THINGS_BUT_ONE, "vanilla"]))
+    example = make(Needle(filler=Filler(str(all_but_one))))
     assert example.questions[0].answers == ("vanilla",)
     with pytest.raises(UserError, match="give another --filler"):
-        make(Needle(filler=Filler((*everything, "vanilla"))))
+        make(Needle(filler=Filler(str(all_things))))
 
 
 THINGS_BUT_ONE = [
@@ -273,11 +324,12 @@ THINGS_BUT_ONE = [
 @pytest.mark.parametrize(
     ("task", "length", "expected"),
     [
+        (KeyHaystack(), 90, "90 tokens are too few"),
         (Passkey(), 90, "90 tokens are too few: the shortest prompt and its answer take 193"),
         (KeyValue(), 90, "90 tokens are too few"),
         (CommonWords(), 900, "900 tokens are too few"),
         (FrequentWords(), 99, "99 tokens are too few"),
-        (AssociativeRecall(), 64, "64 tokens are too few: 16 pairs and their questions take 65"),
+        (AssociativeRecall(), 32, "32 tokens are too few: 8 pairs and their questions take 33"),
         (AssociativeRecall(pairs=200), 2000, "pairs = 200 needs more than 400 tokens with text"),
     ],
 )
@@ -300,14 +352,16 @@ def test_too_short(task, length, expected):
         (MultiNeedle, {"values": 0}, "MultiNeedle.values = 0"),
         (VariableTracking, {"chains": 0}, "VariableTracking.chains = 0"),
         (VariableTracking, {"hops": -1}, "VariableTracking.hops = -1"),
-        (CommonWords, {"often": 3}, "CommonWords.often = 3 must be above"),
+        (CommonWords, {"often": 3}, "CommonWords.often = 3 must be above CommonWords.seldom = 3"),
         (CommonWords, {"common": 0}, "CommonWords.common = 0"),
-        (FrequentWords, {"words": 3}, "FrequentWords.words = 3 must be above"),
+        (CommonWords, {"often": 0}, "CommonWords.often = 0 must be above"),
+        (VariableTracking, {"shots": -1}, "VariableTracking.shots = -1"),
+        (MultiKey, {"queries": 5}, "MultiKey.keys = 4 must be at least the 5 of MultiKey.queries"),
         (FrequentWords, {"exponent": 0.0}, "FrequentWords.exponent = 0.0"),
-        (Grid, {"tasks": {}, "lengths": [9]}, "Grid.tasks is empty"),
-        (Grid, {"tasks": {"a": Needle()}, "lengths": []}, "Grid.lengths is empty"),
-        (Grid, {"tasks": {"a": Needle()}, "lengths": [9], "depths": [1.5]}, "depths has 1.5"),
-        (Grid, {"tasks": {"a": Needle()}, "lengths": [9], "examples": 0}, "examples = 0"),
+        (Retrieval, {"tasks": {}, "lengths": [9]}, "Retrieval.tasks is empty"),
+        (Retrieval, {"tasks": {"a": Needle()}, "lengths": [0]}, "Retrieval.lengths has 0"),
+        (Retrieval, {"tasks": {"a": Needle()}, "lengths": [9], "depths": [1.5]}, "depths has 1.5"),
+        (Retrieval, {"tasks": {"a": Needle()}, "lengths": [9], "examples": 0}, "examples = 0"),
     ],
 )
 def test_settings_that_cannot_be(config, fields, expected):
