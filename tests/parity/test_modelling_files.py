@@ -86,7 +86,11 @@ def engine_greedy(run, prompt):
     engine = Engine(model, Tokenizer.load(run.tokenizer), context=LENGTH, chunks=(8,))
     sampling = Sampling(temperature=0.0, repetition_penalty=PENALTY)
     request = Request(prompt=prompt, tokens=LENGTH - len(prompt), sampling=sampling)
-    return [token for piece in engine.stream(engine.prepare(parameters), [request]) for token in piece.tokens]
+    return [
+        token
+        for piece in engine.stream(engine.prepare(parameters), [request])
+        for token in piece.tokens
+    ]
 
 
 @pytest.mark.parametrize("case", MASKED)
