@@ -61,11 +61,11 @@ class JoinedLayer(nnx.Module):
         joined = self.into(config.norm.standardise(x).astype(x.dtype))
         ends = list(itertools.accumulate(self.parts.values()))[:-1]
         found = dict(zip(self.parts, jnp.split(joined, ends, axis=-1), strict=True))
-        heads = (
+        queries, keys, values = (
             found[name].reshape(*x.shape[:-1], -1, config.projections.size(config.width))
             for name in ("query", "key", "value")
         )
-        attended = attend(rotated(config, *heads, rotation))
+        attended = attend(rotated(config, queries, keys, values, rotation))
         hidden = config.feed_forward.activate(found["up"], found.get("gate"))
         attended = attended.reshape(*x.shape[:-1], -1)
         return x + self.out(jnp.concatenate([attended, hidden], axis=-1))
