@@ -38,7 +38,7 @@ class HarnessModel(TemplateLM):
 
     Texts get the token before them that the tokenizer's own file adds, and nothing else; what is
     too long for the context loses its beginning. Unlike there, special tokens are never read from
-    a text.
+    a text, and ids that the tokenizer does not have are never drawn.
     """
 
     def __init__(
