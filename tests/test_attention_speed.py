@@ -77,6 +77,7 @@ def test_the_readme_holds_the_measurements():
 
 def test_a_measurement_fills_its_place(tmp_path, monkeypatch):
     table = load("table")
+    monkeypatch.delitem(table.TABLES, "attention-h200")
     for name, report in (("attention", ATTENTION), ("decode", DECODE)):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(report))
