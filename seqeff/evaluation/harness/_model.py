@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
         return ids
 
     def loglikelihood(
-        self, requests: Sequence[Any], disable_tqdm: bool = True
+        self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """The bar of `_loglikelihood_tokens` is enough."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -104,9 +104,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         return list(self._scores([Pair(*pair) for _, *pair in requests]))
 
-    def loglikelihood_rolling(
-        self, requests: Sequence[Any], disable_tqdm: bool = True
-    ) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         windows: list[Pair] = []
         counts = []
         for request in requests:
@@ -120,7 +118,7 @@ class HarnessModel(TemplateLM):
         scores = iter(self._scores(windows))
         return [sum(next(scores).log_probability for _ in range(count)) for count in counts]
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         if not requests:
             return []
         whole = [self._request(number, *x.args) for number, x in enumerate(requests)]

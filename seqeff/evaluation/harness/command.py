@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
     """Tasks with their data.
 
     Attributes:
-      tasks: what `lm_eval.evaluate` takes.
+      tasks: what the harness's `evaluate` takes.
       seeds: of what draws the examples, by its name.
     """
 
@@ -83,12 +83,15 @@ def evaluate(model: Any, tasks: Any, limit: int | None) -> Mapping[str, Any]:
       tasks: those loaded.
       limit: documents of each task; None: all.
     """
-    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
 
     # standard errors come from a pool of forks otherwise, which the threads of JAX may hang
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):
-        return lm_eval.evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLED)
+        found: Any = evaluator.evaluate(
+            lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLED
+        )
+    return found
 
 
 def table(found: Mapping[str, Any]) -> str:
