@@ -83,7 +83,7 @@ def _export(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     run, config, tokenizer = open_run(options, overrides)
     output = options.output or run.path / options.to
-    architecture = interop.export_model(
+    exported = interop.export_model(
         run,
         config.model,
         config.data.sequence_length,
@@ -92,7 +92,13 @@ def _export(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         checkpoint=options.checkpoint,
         dtype=options.dtype,
     )
-    print(f"{architecture}: {shown(output.absolute())}")
+    print(f"{exported.architecture}: {shown(output.absolute())}")
+    if exported.merged:
+        own, written = exported.parameters
+        print(
+            f"multiplied out: {', '.join(exported.merged)}; {written:,} parameters instead of "
+            f"{own:,}"
+        )
     if options.push is not None:
         print(hub.push(output, options.push))
     return 0
