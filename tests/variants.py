@@ -1,5 +1,7 @@
 """A small model of every variant that can be exported."""
 
+import dataclasses
+
 from hugging_face import LENGTH, VOCABULARY
 
 from seqeff.models import (
@@ -10,6 +12,7 @@ from seqeff.models import (
     LearnedPositions,
     LinearScaling,
     Llama3Scaling,
+    LowRankLinear,
     RMSNorm,
     Rotary,
     SeparatorAttention,
@@ -163,3 +166,29 @@ MASKED = {
 """Those that come with a modelling file."""
 
 VARIANTS = PLAIN | MASKED
+
+
+def low_rank(model):
+    """The model with every projection factored, each through a rank of its own."""
+    ranks = {
+        "projections": {"query": 2, "key": 3, "value": 4, "output": 5},
+        "feed_forward": {"up": 6, "gate": 7, "down": 8},
+    }
+    parts = {
+        part: dataclasses.replace(
+            getattr(model, part), **{name: LowRankLinear(rank=rank) for name, rank in own.items()}
+        )
+        for part, own in ranks.items()
+    }
+    return dataclasses.replace(model, **parts)
+
+
+LOW_RANK = {
+    "gpt-neox, low rank": ("GPTNeoXForCausalLM", low_rank(gpt_neox())),
+    "llama, low rank": ("LlamaForCausalLM", low_rank(llama(bias=True))),
+    "llama, low rank, separators": (
+        "SeparatorLlamaForCausalLM",
+        low_rank(llama(attention=BOUNDED, layer_attention={0: DenseAttention(window=9)})),
+    ),
+}
+"""Those that are dense ones once they are exported."""

@@ -110,7 +110,7 @@ def _write_hf(
 ) -> str:
     from seqeff import interop
 
-    architecture = interop.export_model(
+    exported = interop.export_model(
         run,
         config.model,
         config.data.sequence_length,
@@ -119,4 +119,9 @@ def _write_hf(
         checkpoint=options.checkpoint,
         dtype=options.dtype or "float32",
     )
-    return f"{architecture}: {shown(output.absolute())}"
+    said = f"{exported.architecture}: {shown(output.absolute())}"
+    if exported.merged:
+        own, written = exported.parameters
+        names = ", ".join(exported.merged)
+        said += f"\nmultiplied out: {names}; {written:,} parameters instead of {own:,}"
+    return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from seqeff.checks import UserError, flatten, writing
 from seqeff.data import Tokenizer
 from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
+from seqeff.interop.merges import merge
 from seqeff.interop.settings import Settings
 from seqeff.interop.tensors import nested, parameter_shapes, placements, without_place
 from seqeff.interop.tokenizer_files import (
@@ -42,6 +44,20 @@ DTYPES: dict[str, np.dtype] = {
 """Types that weights can be written in."""
 
 
+class Exported(NamedTuple):
+    """What was written of a model.
+
+    Attributes:
+      architecture: that it was written as.
+      merged: dotted paths of the kernels that were multiplied out.
+      parameters: how many the run has, and how many were written.
+    """
+
+    architecture: str
+    merged: tuple[str, ...]
+    parameters: tuple[int, int]
+
+
 def export_model(
     run: RunDirectory,
     config: TransformerConfig,
@@ -52,10 +68,11 @@ def export_model(
     checkpoint: int | None = None,
     dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
-) -> str:
+) -> Exported:
     """Writes the model of a run, complete or not at all: config, weights, tokenizer.
 
-    What a family of `transformers` lacks comes with it as a modelling file (`variants.py`).
+    Layers that can be are multiplied out (`merges.py`). What a family of `transformers` lacks comes
+    with it as a modelling file (`variants.py`).
 
     Args:
       config: of the run's model.
@@ -65,9 +82,6 @@ def export_model(
       dtype: of the weights, one of `DTYPES`; only float32 loses nothing.
       shard_bytes: of the largest file of weights.
 
-    Returns:
-      The architecture that it was written as.
-
     Raises:
       UserError: no family of `transformers` can express the model, nor a modelling file, the
         checkpoint cannot be read, or the directory is there already or cannot be written.
@@ -75,9 +89,11 @@ def export_model(
     if output.exists():
         raise UserError(f"{output} exists already; give another --output")
     config = config.for_vocabulary(tokenizer.vocabulary())
-    family, variant, settings = _expressed(config, run)
-    shapes = parameter_shapes(config)
-    parameters = _parameters(run, shapes, checkpoint)
+    merged = merge(config)
+    family, variant, settings = _expressed(merged.plain, run)
+    own_shapes, shapes = parameter_shapes(config), parameter_shapes(merged.plain)
+    parameters = _parameters(run, own_shapes, checkpoint)
+    parameter = functools.partial(merged.parameter, parameters)
     cast = DTYPES[dtype]
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     with writing(str(output), "or choose another --output"):
@@ -95,19 +111,23 @@ def export_model(
                 text = variant.modelling(family)
                 (partial / variant.file).write_text(text, encoding="utf-8")
             _write_tokenizer(run, partial)
-            tensors = placements(family.tensors(config), shapes)
+            tensors = placements(family.tensors(merged.plain), shapes)
             # transformers takes earlier names for its own models alone
             by_name = {tensor.names[-1 if variant else 0]: tensor for tensor in tensors}
             write_weights(
                 partial,
                 {name: math.prod(tensor.shape) * cast.itemsize for name, tensor in by_name.items()},
-                lambda name: by_name[name].read(parameters).astype(cast, copy=False),
+                lambda name: by_name[name].read(parameter).astype(cast, copy=False),
                 shard_bytes,
             )
             partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return settings["architectures"][0]
+    return Exported(
+        architecture=settings["architectures"][0],
+        merged=tuple(path for path in merged.kernels if path in shapes),
+        parameters=(_count(own_shapes), _count(shapes)),
+    )
 
 
 class _Expressed(NamedTuple):
@@ -211,6 +231,10 @@ def _parameters(
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state["parameters"])
     }
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def _write_tokenizer(run: RunDirectory, directory: Path) -> None:

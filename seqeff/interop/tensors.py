@@ -113,14 +113,14 @@ class Placement(NamedTuple):
     def names(self) -> tuple[str, ...]:
         return (self.theirs, *self.aliases)
 
-    def read(self, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Their array, from our parameters by dotted path."""
-        return self.form.join([_of_layer(parameters[path], self.layer) for path in self.ours])
+    def read(self, parameter: Callable[[str, int | None], np.ndarray]) -> np.ndarray:
+        """Their array, from our parameters by dotted path and layer; None: of no layer."""
+        return self.form.join([parameter(path, self.layer) for path in self.ours])
 
     def write(self, parameters: Mapping[str, np.ndarray], array: np.ndarray) -> None:
         """Fills our parameters from their array."""
         for path, part in zip(self.ours, self.form.split(array), strict=True):
-            _of_layer(parameters[path], self.layer)[...] = part
+            of_layer(parameters[path], self.layer)[...] = part
 
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -130,6 +130,11 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def of_layer(array: np.ndarray, layer: int | None) -> np.ndarray:
+    """A layer's own of what is stacked; None: all of what is of no layer."""
+    return array if layer is None else array[layer]
 
 
 def nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +182,3 @@ def _placed(tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[P
     for layer in layers:
         name, *aliases = (name.format(layer=layer) for name in (tensor.theirs, *tensor.aliases))
         yield Placement(name, tuple(aliases), shape, tensor.ours, layer, tensor.form)
-
-
-def _of_layer(array: np.ndarray, layer: int | None) -> np.ndarray:
-    return array if layer is None else array[layer]

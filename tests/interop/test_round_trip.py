@@ -9,7 +9,18 @@ import pytest
 from hugging_face import VOCABULARY, change_settings, logits_of, make_run, model_of
 from safetensors.numpy import load_file
 from tiny_run import files_of, refused, seqeff
-from variants import BOUNDED, MASKED, PLAIN, VARIANTS, gpt_neox, learned, llama, separators
+from variants import (
+    BOUNDED,
+    LOW_RANK,
+    MASKED,
+    PLAIN,
+    VARIANTS,
+    gpt_neox,
+    learned,
+    llama,
+    low_rank,
+    separators,
+)
 
 from seqeff.checks import UserError
 from seqeff.data import Tokenizer
@@ -23,6 +34,7 @@ from seqeff.models import (
     RMSNorm,
     SeparatorAttention,
 )
+from seqeff.models.flops import parameter_count
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,6 +55,37 @@ def test_out_and_in_is_the_same_model_and_out_again_the_same_bytes(variant, tmp_
     assert architecture in done("export", run.path, "--to", "hf", "--output", first)
     done("import", first, back)
     np.testing.assert_array_equal(logits_of(back, TOKENS), logits_of(run.path, TOKENS))
+    done("export", back, "--to", "hf", "--output", second)
+    assert files_of(first) == files_of(second)
+
+
+@pytest.mark.parametrize("variant", LOW_RANK)
+def test_low_rank_layers_go_out_multiplied_out(variant, tmp_path):
+    architecture, model = LOW_RANK[variant]
+    run = make_run(tmp_path / "run", model)
+    first, back, second = (tmp_path / name for name in ("first", "back", "second"))
+    output = done("export", run.path, "--to", "hf", "--output", first)
+    assert f"{architecture}: " in output
+    assert any(first.glob("*.py")) == architecture.startswith("Separator")
+    done("import", first, back)
+    (_, own), (dense, found) = model_of(run.path), model_of(back)
+    assert dense.attentions() == model.attentions()
+    written = []
+    for part in ("projections", "feed_forward"):
+        for name, layer in own["layers"][part].items():
+            down, up = (np.asarray(layer[factor], np.float64) for factor in ("down", "up"))
+            expected = np.einsum("lir,lro->lio", down, up)
+            # half a unit in the last place of float32
+            np.testing.assert_allclose(found["layers"][part][name]["kernel"], expected, rtol=6e-8)
+            written.append(f"layers.{part}.{name}.kernel")
+    names, numbers = output.splitlines()[-1].removeprefix("multiplied out: ").split("; ")
+    assert sorted(names.split(", ")) == sorted(written)
+    assert numbers == (
+        f"{parameter_count(dense):,} parameters instead of {parameter_count(model):,}"
+    )
+    np.testing.assert_allclose(
+        logits_of(back, TOKENS), logits_of(run.path, TOKENS), atol=1e-5, rtol=1e-5
+    )
     done("export", back, "--to", "hf", "--output", second)
     assert files_of(first) == files_of(second)
 
@@ -112,14 +155,6 @@ def test_what_is_written(tmp_path):
     assert "exists already; give another --output" in refused("export", run.path, "--to", "hf")
 
 
-def low_rank():
-    return llama(
-        feed_forward=FeedForward(
-            hidden=20, activation="silu", gated=True, bias=False, up=LowRankLinear(rank=3)
-        )
-    )
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -137,13 +172,8 @@ def low_rank():
             "positions = BilevelPositions, ",
         ),
         (
-            low_rank(),
-            "feed_forward.up = LowRankLinear, feed_forward.up.rank = 3, the tensor "
-            "layers.feed_forward.up.down, the tensor layers.feed_forward.up.up",
-        ),
-        (
-            llama(feed_forward=FeedForward(hidden=20, activation="silu")),
-            "feed_forward.gated = False",
+            low_rank(llama(feed_forward=FeedForward(hidden=20, activation="silu"))),
+            "has no place for feed_forward.gated = False",
         ),
         (
             learned("relu", projections=HeadProjections(heads=3, head_norm=RMSNorm())),
@@ -246,6 +276,25 @@ def test_an_attention_of_elsewhere_is_named(tmp_path):
     run = make_run(tmp_path / "run", llama())
     with pytest.raises(UserError, match=r"has no place for Other in layers 1$"):
         export_model(run, config, 48, Tokenizer.load(run.tokenizer), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_linear_map_of_elsewhere_is_named(tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(LowRankLinear):
+        pass
+
+    heads = HeadProjections(heads=3, key=LowRankLinear(rank=2), output=Other(rank=3))
+    run = make_run(tmp_path / "run", gpt_neox())
+    message = (
+        r"GPTNeoXForCausalLM, has no place for projections\.output = Other, "
+        r"projections\.output\.rank = 3, the tensor layers\.projections\.output\.down, "
+        r"the tensor layers\.projections\.output\.up$"
+    )
+    with pytest.raises(UserError, match=message):
+        export_model(
+            run, gpt_neox(projections=heads), 48, Tokenizer.load(run.tokenizer), tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -31,6 +31,7 @@ from seqeff.models import (
     NoPositions,
     SeparatorAttention,
     empty_cache,
+    transformer,
 )
 
 BATCH, LENGTH = 3, 63
@@ -155,6 +156,27 @@ def test_layers_attend_as_they_are_told(layer_attention, expected):
         layer_attention={layer: ATTENTIONS[name] for layer, name in layer_attention.items()},
     )
     assert config.attentions() == tuple(ATTENTIONS[name] for name in expected)
+
+
+def test_full_layers_ask_for_dense_attention(monkeypatch):
+    """One causal source of all tokens, which `auto` gives to cuDNN."""
+    config = small_config(
+        layers=4,
+        attention=ATTENTIONS["separator"],
+        layer_attention={0: ATTENTIONS["dense"], -1: ATTENTIONS["dense"]},
+    )
+    attend, asked = transformer.attend, []
+
+    def watched(queries, sources, backend):
+        asked.append(
+            [(type(source).__name__, getattr(source, "window", None)) for source in sources]
+        )
+        return attend(queries, sources, backend)
+
+    monkeypatch.setattr(transformer, "attend", watched)
+    jax.eval_shape(lambda tokens: config.make(nnx.Rngs(0))(tokens), TOKENS)
+    full, sparse = [("TokenSource", None)], [("RangeSource", None), ("TokenSource", 7)]
+    assert asked == [full, sparse, full]
 
 
 def numpy_model(config, parameters, tokens):

@@ -1,4 +1,4 @@
-"""Exported models with a modelling file, run by transformers: the same logits and the same text."""
+"""Exported models that are more than a family's, run by transformers: the same logits and text."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hugging_face import LENGTH, VOCABULARY, logits_of, make_run, model_of
 from tiny_run import files_of, seqeff
-from variants import MASKED
+from variants import LOW_RANK, MASKED
 
 from seqeff.data import Tokenizer
 from seqeff.inference import Engine, Request, Sampling
@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 # without, random models write one token for ever
 PENALTY = 3.0
+MODELS = MASKED | LOW_RANK
 CASES = ("gpt-neox, bounded, full layers", "llama, all kinds")
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY - 20, (2, 41))
 PROMPT = 9
@@ -55,7 +56,7 @@ def saved(tmp_path_factory):
     def save(case):
         if case not in made:
             folder = tmp_path_factory.mktemp("saved")
-            run = make_run(folder / "run", MASKED[case][1])
+            run = make_run(folder / "run", MODELS[case][1])
             result = seqeff("export", run.path, "--to", "hf", "--output", folder / "hf")
             assert result.status == 0, result.errors
             made[case] = run, folder / "hf"
@@ -93,14 +94,14 @@ def engine_greedy(run, prompt):
     ]
 
 
-@pytest.mark.parametrize("case", MASKED)
+@pytest.mark.parametrize("case", MODELS)
 def test_logits_are_ours(case, saved, load, torch):
     run, folder = saved(case)
     expected = logits_of(run.path, TOKENS)
     assert np.std(expected) > 0.1
     for attention in ("sdpa", "eager"):
         model = load(folder, attn_implementation=attention)
-        assert type(model).__name__ == MASKED[case][0]
+        assert type(model).__name__ == MODELS[case][0]
         with torch.no_grad():
             found = model(torch.tensor(TOKENS)).logits.numpy()
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
