@@ -6,24 +6,28 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import reprlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqeff.checks import UserError, flatten, writing
+from seqeff.checks import UserError, flatten
 from seqeff.data import Tokenizer
 from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
 from seqeff.interop.merges import merge
+from seqeff.interop.outputs import (
+    PARAMETER,
+    by_name,
+    new_directory,
+    read_parameters,
+    require_new,
+)
 from seqeff.interop.settings import Settings
-from seqeff.interop.tensors import nested, parameter_shapes, placements, without_place
+from seqeff.interop.tensors import parameter_shapes, placements, without_place
 from seqeff.interop.tokenizer_files import (
     SETTINGS,
     copy_tokenizer,
@@ -33,11 +37,9 @@ from seqeff.interop.variants import VARIANTS, Variant
 from seqeff.interop.weights import some, write_weights
 from seqeff.models import TransformerConfig
 from seqeff.runs import RunDirectory
-from seqeff.training.checkpoints import CheckpointStore
 
-_PARAMETER = np.dtype(np.float32)
 DTYPES: dict[str, np.dtype] = {
-    "float32": _PARAMETER,
+    "float32": PARAMETER,
     "bfloat16": np.dtype(jnp.bfloat16),
     "float16": np.dtype(np.float16),
 }
@@ -86,43 +88,36 @@ def export_model(
       UserError: no family of `transformers` can express the model, nor a modelling file, the
         checkpoint cannot be read, or the directory is there already or cannot be written.
     """
-    if output.exists():
-        raise UserError(f"{output} exists already; give another --output")
+    require_new(output)
     config = config.for_vocabulary(tokenizer.vocabulary())
     merged = merge(config)
     family, variant, settings = _expressed(merged.plain, run)
     own_shapes, shapes = parameter_shapes(config), parameter_shapes(merged.plain)
-    parameters = _parameters(run, own_shapes, checkpoint)
+    parameters = by_name(read_parameters(run, own_shapes, checkpoint))
     parameter = functools.partial(merged.parameter, parameters)
     cast = DTYPES[dtype]
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    with writing(str(output), "or choose another --output"):
-        try:
-            partial.mkdir(parents=True)
-            length = config.positions.limit or length
-            settings |= {
-                family.length: length,
-                "torch_dtype": dtype,
-                "bos_token_id": tokenizer.begin_of_text,
-                "eos_token_id": tokenizer.end_of_text,
-            }
-            _write_json(partial / "config.json", settings)
-            if variant is not None:
-                text = variant.modelling(family)
-                (partial / variant.file).write_text(text, encoding="utf-8")
-            _write_tokenizer(run, partial)
-            tensors = placements(family.tensors(merged.plain), shapes)
-            # transformers takes earlier names for its own models alone
-            by_name = {tensor.names[-1 if variant else 0]: tensor for tensor in tensors}
-            write_weights(
-                partial,
-                {name: math.prod(tensor.shape) * cast.itemsize for name, tensor in by_name.items()},
-                lambda name: by_name[name].read(parameter).astype(cast, copy=False),
-                shard_bytes,
-            )
-            partial.rename(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with new_directory(output) as partial:
+        length = config.positions.limit or length
+        settings |= {
+            family.length: length,
+            "torch_dtype": dtype,
+            "bos_token_id": tokenizer.begin_of_text,
+            "eos_token_id": tokenizer.end_of_text,
+        }
+        _write_json(partial / "config.json", settings)
+        if variant is not None:
+            text = variant.modelling(family)
+            (partial / variant.file).write_text(text, encoding="utf-8")
+        _write_tokenizer(run, partial)
+        tensors = placements(family.tensors(merged.plain), shapes)
+        # transformers takes earlier names for its own models alone
+        by_theirs = {tensor.names[-1 if variant else 0]: tensor for tensor in tensors}
+        write_weights(
+            partial,
+            {name: math.prod(tensor.shape) * cast.itemsize for name, tensor in by_theirs.items()},
+            lambda name: by_theirs[name].read(parameter).astype(cast, copy=False),
+            shard_bytes,
+        )
     return Exported(
         architecture=settings["architectures"][0],
         merged=tuple(path for path in merged.kernels if path in shapes),
@@ -218,19 +213,6 @@ def _canonical(config: TransformerConfig) -> TransformerConfig:
         residual=config.residual,
         tie_embeddings=config.tie_embeddings,
     )
-
-
-def _parameters(
-    run: RunDirectory, shapes: Mapping[str, tuple[int, ...]], checkpoint: int | None
-) -> dict[str, np.ndarray]:
-    """The parameters of a checkpoint by dotted path."""
-    wanted = {path: jax.ShapeDtypeStruct(shape, _PARAMETER) for path, shape in shapes.items()}
-    with CheckpointStore(run.checkpoints) as store:
-        state, _ = store.restore(checkpoint, {"parameters": nested(wanted)}, partial=True)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state["parameters"])
-    }
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:

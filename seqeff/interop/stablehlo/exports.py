@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +13,15 @@ import jax
 import numpy as np
 
 import seqeff
-from seqeff.checks import UserError, writing
+from seqeff.checks import UserError
 from seqeff.data import Tokenizer
-from seqeff.interop.stablehlo.functions import ARGUMENTS, PORTABLE, Functions, by_name
-from seqeff.interop.tensors import nested, parameter_shapes
+from seqeff.interop.outputs import by_name, new_directory, read_parameters, require_new
+from seqeff.interop.stablehlo.functions import ARGUMENTS, PORTABLE, Functions
+from seqeff.interop.tensors import parameter_shapes
 from seqeff.interop.tokenizer_files import copy_tokenizer
 from seqeff.interop.weights import write_weights
 from seqeff.models import TransformerConfig, cached_parameters
 from seqeff.runs import RunDirectory
-from seqeff.training.checkpoints import CheckpointStore
 from seqeff_kernels.range_attention import Backend
 
 EXAMPLE = "example.py"
@@ -59,11 +58,10 @@ def export_functions(
         are too large to be inside, the checkpoint cannot be read, or the directory is there already
         or cannot be written.
     """
-    if output.exists():
-        raise UserError(f"{output} exists already; give another --output")
+    require_new(output)
     config = config.for_vocabulary(tokenizer.vocabulary())
     config = dataclasses.replace(config, attention_backend=backend)
-    arrays = cached_parameters(config, _parameters(run, config, checkpoint))
+    arrays = cached_parameters(config, read_parameters(run, parameter_shapes(config), checkpoint))
     functions = Functions(config, tokenizer.vocabulary_size, arrays, sizes)
     held = by_name(arrays) if weights == "inside" else None
     _check_inside(held or {})
@@ -76,33 +74,16 @@ def export_functions(
         "attention_backend": backend,
         **_description(functions, exported, weights),
     }
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    with writing(str(output), "or choose another --output"):
-        try:
-            partial.mkdir(parents=True)
-            for name, function in exported.items():
-                (partial / f"{name}.exported").write_bytes(function.serialize())
-            text = json.dumps(about, indent=1) + "\n"
-            (partial / "model.json").write_text(text, encoding="utf-8")
-            if weights == "beside":
-                _write(by_name(arrays), partial)
-            copy_tokenizer(run.tokenizer, partial)
-            shutil.copyfile(Path(__file__).with_name(EXAMPLE), partial / EXAMPLE)
-            partial.rename(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with new_directory(output) as partial:
+        for name, function in exported.items():
+            (partial / f"{name}.exported").write_bytes(function.serialize())
+        text = json.dumps(about, indent=1) + "\n"
+        (partial / "model.json").write_text(text, encoding="utf-8")
+        if weights == "beside":
+            _write(by_name(arrays), partial)
+        copy_tokenizer(run.tokenizer, partial)
+        shutil.copyfile(Path(__file__).with_name(EXAMPLE), partial / EXAMPLE)
     return functions
-
-
-def _parameters(run: RunDirectory, config: TransformerConfig, checkpoint: int | None) -> Any:
-    """The parameters of a checkpoint, on the host."""
-    wanted = {
-        path: jax.ShapeDtypeStruct(shape, np.float32)
-        for path, shape in parameter_shapes(config).items()
-    }
-    with CheckpointStore(run.checkpoints) as store:
-        state, _ = store.restore(checkpoint, {"parameters": nested(wanted)}, partial=True)
-    return jax.tree.map(np.asarray, state["parameters"])
 
 
 def _check_inside(weights: Mapping[str, np.ndarray]) -> None:

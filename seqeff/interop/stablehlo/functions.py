@@ -13,6 +13,7 @@ from jax import export
 from jaxtyping import Array, Float, Int
 
 from seqeff.checks import UserError
+from seqeff.interop.outputs import by_name
 from seqeff.models import CachedTransformer, TransformerConfig
 from seqeff.models.cached import cache_of_sizes
 from seqeff_kernels.range_attention.xla import tile_side
@@ -181,14 +182,6 @@ def _no_source_files() -> Iterator[None]:
         yield
     finally:
         jax.config.update(limit, before)
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by dotted path, in its order."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _whole_tiles(length: Any) -> Any:
