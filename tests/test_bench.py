@@ -334,6 +334,10 @@ def test_decode_rows(gpu, tmp_path):
     assert row["microseconds"] == 600.0
     assert row["bytes_per_second"] == round(row["bytes"] / 0.6e-3)
     assert row["share"] == pytest.approx(row["bytes_per_second"] / reference, abs=1e-4)
+    # nothing to compare with here
+    assert row["speedup"] is None
+    flops = 4 * 2 * 3 * 4 * (63 + 1000 + 3) * 64
+    assert row["tflops_per_second"] == round(flops / 0.6e-3 / 1e12, 1)
     assert "copy (memory copy)" in result.output
     assert "600.0" in result.output
 
@@ -347,6 +351,7 @@ def test_cudnn_is_measured_where_one_full_block_is_all(gpu, monkeypatch):
         "auto",
         "cudnn",
     ]
+    assert all(row["speedup"] == 1 for row in rows)
     assert "error" in rows[-1]  # no cuDNN here, and the benchmark went on
 
 

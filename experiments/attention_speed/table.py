@@ -60,10 +60,16 @@ def decode_table(report: dict[str, Any]) -> str:
         f"On {_origin(report)}; copies in the same run: {copies} TB/s; shares are of "
         f"{report['reference_bytes_per_second'] / 1e12:.2f} TB/s:",
         "",
-        "| shape | batch | cache | heads / KV heads × head size | implementation | µs | TB/s | "
-        "share |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shape | batch | cache | heads / KV heads × head size | implementation | µs | × cuDNN | "
+        "TB/s | share |",
+        f"|{'---|' * 9}",
     ]
+    cudnn = {
+        row["shape"]: row.get("microseconds")
+        for row in report["results"]
+        if row["implementation"] == "cudnn"
+    }
+    slower = []
     for row in report["results"]:
         cells = [
             row["shape"],
@@ -73,11 +79,17 @@ def decode_table(report: dict[str, Any]) -> str:
             _label(row),
         ]
         if "error" in row:
-            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} | | |")
+            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} | | | |")
             continue
-        cells += [f"{row['microseconds']:.1f}", f"{row['bytes_per_second'] / 1e12:.2f}"]
+        theirs = cudnn.get(row["shape"])
+        speedup = None if theirs is None else theirs / row["microseconds"]
+        if row["implementation"] == "auto" and speedup is not None and round(speedup, 2) < 1:
+            slower.append(f"{row['shape']} ({speedup:.2f}×)")
+        cells += [f"{row['microseconds']:.1f}", "" if speedup is None else f"{speedup:.2f}"]
+        cells.append(f"{row['bytes_per_second'] / 1e12:.2f}")
         lines.append(f"| {' | '.join(cells)} | {row['share']:.0%} |")
-    return "\n".join(lines)
+    lost = f"Slower than cuDNN under `auto`: {', '.join(slower)}." if slower else ""
+    return "\n".join([*lines, "", lost or "`auto` is not slower than cuDNN in any of these."])
 
 
 # what a table is called in the README, its file, and what makes it

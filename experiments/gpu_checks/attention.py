@@ -221,10 +221,10 @@ def _run_share(
     return found
 
 
-def _report(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _report(results: Sequence[dict[str, Any]], commit: str | None) -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
-        "versions": versions(),
+        "versions": versions() | ({"commit": commit} if commit else {}),
         "kernels_sha256": kernels_hash(),
         "results": results,
     }
@@ -280,6 +280,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", help="kept in the report (default: what git says)")
     parser.add_argument("--operation", choices=("range", "decode"), help="(default: both)")
     parser.add_argument("--only", default="", help="regular expression of described cases")
     parser.add_argument("--short", action="store_true", help="leaves out the long ones")
@@ -320,7 +321,7 @@ def main() -> int:
             lambda share: _run_share(share, settings, options.seconds), filter(len, shares)
         )
         results = [result for share in found for result in share]
-    return _finish(_report(results), options.json)
+    return _finish(_report(results, options.commit), options.json)
 
 
 if __name__ == "__main__":

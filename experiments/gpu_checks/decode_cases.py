@@ -152,6 +152,10 @@ _LONG_BATCH: dict[str, Any] = {"batch": 64, "capacities": (4096,)}
 
 DECODE_CASES = (
     *(
+        DecodeCase("xla", *sizes)
+        for sizes in ((64, 12, 12, 2, "float16"), (128, 32, 8, 1, "bfloat16"))
+    ),
+    *(
         DecodeCase("triton", *sizes, capacities=(1000, 333))
         for sizes in (
             (64, 12, 12, 2, "float16"),

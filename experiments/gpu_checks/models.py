@@ -189,6 +189,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", help="kept in the report (default: what git says)")
     parser.add_argument("--attention", choices=ATTENTIONS, nargs="+", default=list(ATTENTIONS))
     parser.add_argument("--length", type=int, default=2048, help="of the rows")
     parser.add_argument("--chunk", type=int, nargs="+", default=[500, 4096])
@@ -201,7 +202,7 @@ def main() -> int:
     ]
     report = {
         "device": jax.devices()[0].device_kind,
-        "versions": versions(),
+        "versions": versions() | ({"commit": options.commit} if options.commit else {}),
         "kernels_sha256": kernels_hash(),
         "results": results,
     }

@@ -155,6 +155,16 @@ def _long(length: int, window: int | None = 64) -> dict[str, Any]:
     return {"length": length, "window": window, "heads": 4}
 
 
+_XLA = (
+    *(
+        RangeCase("xla", make, head_dim, dtype)
+        for make in (separators, unattended_separators, documents)
+        for head_dim, dtype in ((64, "bfloat16"), (128, "float16"))
+    ),
+    RangeCase("xla", random_bounds, 80, settings={"own_queries": 3}),
+    RangeCase("xla", dense, 256, settings={"window": None}),
+)
+
 _CUDNN = (
     *(
         RangeCase("cudnn", dense, head_dim, dtype, {"window": window}, logsumexp=False)
@@ -257,4 +267,4 @@ _TRITON = (
     ),
 )
 
-RANGE_CASES = (*_CUDNN, *_BOTH, *_RANDOM, *_MOSAIC, *_TRITON, *tuned_cases())
+RANGE_CASES = (*_XLA, *_CUDNN, *_BOTH, *_RANDOM, *_MOSAIC, *_TRITON, *tuned_cases())

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax import Array
 
+TESTED_JAX = "0.11.2"
 TESTED_TRITON = "3.6"
 TESTED_JAX_TRITON = "0.3.1"
 
@@ -38,11 +39,13 @@ def partition_obstacle() -> str | None:
 
 
 def covered(backend: Any, queries: Array) -> bool:
-    """Whether the GPU checks cover the queries' head size and dtype on the default device.
+    """Whether the GPU checks cover this jax and the queries' sizes on the default device.
 
     Args:
       backend: a module that lists what has passed, as TESTED and TESTED_CAPABILITIES.
     """
+    if jax.__version__ != TESTED_JAX:
+        return False
     size = queries.shape[-1], str(queries.dtype)
     return size in backend.TESTED and compute_capability() in backend.TESTED_CAPABILITIES
 
@@ -55,11 +58,15 @@ def say_taken(taken: str, passed_over: Sequence[str], queries: Array) -> str:
     """
     if taken != "xla" or not passed_over:
         return f"takes {taken}"
-    major, minor = compute_capability() or (0, 0)
-    return (
-        f"takes xla: {' and '.join(passed_over)} could serve, but the GPU checks do not cover "
-        f"head_dim {queries.shape[-1]} in {queries.dtype} on compute capability {major}.{minor}"
-    )
+    if jax.__version__ != TESTED_JAX:
+        why = f"are of jax {TESTED_JAX}, not {jax.__version__}; pip install 'seqeff[gpu]' brings it"
+    else:
+        major, minor = compute_capability() or (0, 0)
+        why = (
+            f"do not cover head_dim {queries.shape[-1]} in {queries.dtype} on compute capability "
+            f"{major}.{minor}"
+        )
+    return f"takes xla: {' and '.join(passed_over)} could serve, but the GPU checks {why}"
 
 
 def triton_obstacle() -> str | None:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import Array
@@ -26,15 +26,18 @@ _Plan = TypeVar("_Plan")
 _FAMILIES = (("H100", "H200"),)
 # plans depend on the size of an element alone
 _TWINS = {"bfloat16": "float16", "float16": "bfloat16"}
+# between the window of a call and that of an entry which serves it
+_MOST_OCTAVES = 2
 FOLDER = Path(__file__).with_name("tuned")
 
 
 def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
     """The fields of the best plan for the default device, or None where no table lists the key.
 
-    A key that ends in a number of rows takes, where exactly its own is absent, the nearest listed
-    number by ratio, the smaller of two as near: what fits does not depend on the rows. Where
-    none is listed of a 16-bit type, the entries of the other one serve.
+    A key of attention takes, where exactly its own is absent, the listed one of the same head size
+    and sources whose rows, heads of a KV head and window are nearest by ratio, and of two as near
+    the one of fewer rows: what fits depends on none of them. A window may be four times as wide or
+    narrow. Where none is listed of a 16-bit type, the entries of the other one serve.
 
     Args:
       operation: `attention` or `decode`.
@@ -243,18 +246,45 @@ def _match(key: str, listed: Collection[str]) -> str | None:
 
 
 def _nearest(key: str, listed: Collection[str]) -> str | None:
-    """The key itself or, where it is not listed, that of the nearest number of rows."""
+    """The key itself or, where it is not listed, the one whose numbers are nearest by ratio."""
     if key in listed:
         return key
-    shared, found, rows = key.partition(" rows=")
-    if not found:
+    wanted = _parse(key)
+    if wanted is None:
         return None
-    candidates = {
-        int(other.removeprefix(f"{shared} rows=")): other
-        for other in listed
-        if other.startswith(f"{shared} rows=")
-    }
-    if not candidates:
+    distances: dict[str, float] = {}
+    for other in listed:
+        found = _parse(other)
+        if found is None or found.kind != wanted.kind:
+            continue
+        window = abs(math.log2(found.window / wanted.window))
+        if window > _MOST_OCTAVES:
+            continue
+        others = (found.group / wanted.group, found.rows / wanted.rows)
+        distances[other] = window + sum(abs(math.log2(ratio)) for ratio in others)
+    # of two as near, the one of fewer rows
+    return min(distances, key=lambda other: (distances[other], _rows(other)), default=None)
+
+
+class _Key(NamedTuple):
+    """A key of attention, with its numbers apart from what must be the same."""
+
+    kind: str
+    group: int
+    window: int
+    rows: int
+
+
+@functools.cache
+def _parse(key: str) -> _Key | None:
+    found = re.fullmatch(r"(.*) group=(\d+) (.*?)(?:window(\d+)(.*))? rows=(\d+)", key)
+    if found is None:
         return None
-    distance = {count: abs(math.log2(count / int(rows))) for count in candidates}
-    return candidates[min(candidates, key=lambda count: (distance[count], count))]
+    before, group, kinds, window, after, rows = found.groups()
+    kind = f"{before} {kinds}" if window is None else f"{before} {kinds}window{after}"
+    return _Key(kind, int(group), int(window or 1), int(rows))
+
+
+def _rows(key: str) -> int:
+    parsed = _parse(key)
+    return 0 if parsed is None else parsed.rows

@@ -373,10 +373,10 @@ def _row(
 
 _MODES = {True: "yes", False: "no", None: "not known"}
 HEADER = (
-    f"{'':20}{'':16}{'':>7}  {'':14}{'forward':>31}{'forward and backward':>32}  executed\n"
+    f"{'':20}{'':16}{'':>7}  {'':14}{'forward':>31}{'forward and backward':>32}  executed / needed\n"
     f"{'shape':20}{'kind':16}{'window':>7}  {'implementation':14}"
     + f"{'ms':>9}{'x cuDNN':>8}{'x flex':>7}{'TFLOP/s':>8}" * 2
-    + "  / needed  deterministic"
+    + "  forward  backward  deterministic"
 )
 
 
@@ -393,6 +393,9 @@ def line(row: dict[str, Any]) -> str:
         )
         text += f"{found['milliseconds']:9.3f}{over_cudnn:>8}{over_flex:>7}"
         text += f"{found['tflops_per_second']:8.0f}"
-    executed = row["executed_forward_flops"]
-    waste = "" if executed is None else f"{executed / row['needed_forward_flops']:.2f}"
-    return f"{text}{waste:>10}  {_MODES[row['deterministic']]}"
+    waste = ""
+    for key, width in (("forward", 9), ("backward", 10)):
+        executed = row[f"executed_{key}_flops"]
+        share = "" if executed is None else f"{executed / row[f'needed_{key}_flops']:.2f}"
+        waste += f"{share:>{width}}"
+    return f"{text}{waste}  {_MODES[row['deterministic']]}"

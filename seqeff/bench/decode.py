@@ -98,8 +98,17 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
             for implementation, facts, attend in _implementations(shape, sets[0])
         ]
         time_all(program for *_, program in programs)
-        for implementation, facts, program in programs:
-            found = attempt(_measure, program, size, reference)
+        flops = 4 * shape.batch * shape.rows * shape.heads * shape.entries * shape.head_dim
+        measured = {
+            implementation: attempt(_measure, program, size, flops, reference)
+            for implementation, _, program in programs
+        }
+        cudnn = measured.get("cudnn", {}).get("microseconds")
+        for implementation, facts, _ in programs:
+            found = measured[implementation]
+            if "microseconds" in found:
+                speedup = None if cudnn is None else round(cudnn / found["microseconds"], 3)
+                found["speedup"] = speedup
             yield {
                 "shape": name,
                 "implementation": implementation,
@@ -143,7 +152,7 @@ def _cudnn(
     return jax.nn.dot_product_attention(queries, block.keys, block.values, implementation="cudnn")
 
 
-def _measure(program: Program, size: int, reference: float) -> dict[str, Any]:
+def _measure(program: Program, size: int, flops: int, reference: float) -> dict[str, Any]:
     times = program.times
     speed = size / statistics.median(times)
     return {
@@ -153,10 +162,11 @@ def _measure(program: Program, size: int, reference: float) -> dict[str, Any]:
         "repeats": len(times),
         "bytes_per_second": round(speed),
         "share": round(speed / reference, 4),
+        "tflops_per_second": round(flops / statistics.median(times) / 1e12, 1),
     }
 
 
-HEADER = f"{'shape':17}{'implementation':15}{'us':>10}{'TB/s':>8}{'share':>8}"
+HEADER = f"{'shape':17}{'implementation':15}{'us':>10}{'x cuDNN':>9}{'TB/s':>8}{'share':>8}{'TFLOP/s':>9}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -165,4 +175,6 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{text} {row['error']}"
     speed = row["bytes_per_second"] / 1e12
-    return f"{text}{row['microseconds']:10.1f}{speed:8.2f}{row['share']:8.1%}"
+    times = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
+    text += f"{row['microseconds']:10.1f}{times:>9}{speed:8.2f}{row['share']:8.1%}"
+    return f"{text}{row['tflops_per_second']:9.1f}"

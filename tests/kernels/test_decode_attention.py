@@ -192,6 +192,7 @@ def hopper(monkeypatch):
     """A machine that looks like one with a Hopper GPU."""
     monkeypatch.setattr(triton, "triton_obstacle", lambda: None)
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "TESTED_JAX", jax.__version__)
 
 
 def like(*shape, dtype=jnp.bfloat16):
@@ -230,6 +231,7 @@ def test_the_kernel_says_what_it_serves(hopper, options, reason):
 
 def test_auto_says_why_a_kernel_is_passed_over(hopper, monkeypatch):
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "TESTED_JAX", jax.__version__)
     monkeypatch.setattr(mosaic, "obstacle", lambda *_: "not here")
     assert explain(*shaped_call())["auto"] == "takes triton"
     monkeypatch.setattr(triton, "TESTED", {(128, "bfloat16")})

@@ -63,6 +63,7 @@ def test_it_says_why_it_cannot_serve():
 @needs_mosaic
 def test_it_says_which_queries_do_not_fit(monkeypatch):
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "TESTED_JAX", jax.__version__)
     for new, own in ((False, 3), (True, 2)):
         found = mosaic.obstacle(*shapes_of(256, 64, own, blocks=3 - new, new=new))
         assert "3 different queries of head_dim 256 leave no room" in found

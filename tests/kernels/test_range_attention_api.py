@@ -49,6 +49,7 @@ def hopper(monkeypatch):
         return fused(queries, keys, values)
 
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "TESTED_JAX", jax.__version__)
     monkeypatch.setattr(cudnn, "cuda_versions", object())
     monkeypatch.setattr(cudnn, "TESTED", {(16, "bfloat16")})
     monkeypatch.setattr(
@@ -260,6 +261,7 @@ def test_auto_takes_the_first_kernel_that_serves_and_is_tested(
     queries, keys, values = arrays
     size = queries.shape[-1], str(queries.dtype)
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "TESTED_JAX", jax.__version__)
     for name, backend in (("cudnn", cudnn), ("mosaic", mosaic), ("triton", triton)):
         obstacle = None if name in serve else "not here"
         monkeypatch.setattr(backend, "obstacle", lambda *_, found=obstacle: found)

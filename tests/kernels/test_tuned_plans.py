@@ -95,4 +95,5 @@ def test_decoding_lowers_with_its_plan(name, path, device_of):
 @pytest.mark.parametrize("name", UNSERVED)
 def test_the_shapes_of_decoding_that_are_not_served(name, monkeypatch):
     monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "TESTED_JAX", jax.__version__)
     assert UNSERVED[name] in decode_mosaic.obstacle(*decoding(name))

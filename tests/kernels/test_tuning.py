@@ -69,7 +69,7 @@ def test_what_is_recorded_is_chosen(table):
     assert mosaic.Tiles(**tuning.choose("attention", "mosaic", key(1024))) == best
     for other in (("attention", "triton", key(1024)), ("decode", "mosaic", key(1024))):
         assert tuning.choose(*other) is None
-    assert tuning.choose("attention", "mosaic", key(1024, window=128)) is None
+    assert tuning.choose("attention", "mosaic", key(1024, window=512)) is None
     # a caller may change what it is given
     tuning.choose("attention", "mosaic", key(1024)).clear()
     assert tuning.choose("attention", "mosaic", key(1024))
@@ -88,6 +88,28 @@ def test_the_nearest_number_of_rows_serves(table):
         (1 << 20, 65536),
     ):
         assert tuning.choose("attention", "triton", key(asked)) == {"rows": expected}
+
+
+def test_the_nearest_window_and_group_serve(table):
+    """As the whole distance goes: a window of 64 with groups of 2, and one of 256 with 16."""
+    listed = key(1024), key(1024, window=256).replace("group=2", "group=16")
+    for name, other in zip(("narrow", "wide"), listed, strict=True):
+        tuning.record(table, "attention", "triton", other, entry({"name": name}))
+    for window, group, expected in (
+        (128, 2, "narrow"),
+        (128, 8, "wide"),
+        (64, 1, "narrow"),
+        (64, 16, "wide"),
+        (16, 2, "narrow"),
+        (8, 2, None),
+        (1024, 32, "wide"),
+        (2048, 16, None),
+    ):
+        asked = key(1024, window=window).replace("group=2", f"group={group}")
+        found = tuning.choose("attention", "triton", asked)
+        assert found == (None if expected is None else {"name": expected}), (window, group)
+    for change in (("head_dim=64", "head_dim=128"), ("packed", "range")):
+        assert tuning.choose("attention", "triton", key(1024).replace(*change)) is None
 
 
 def test_decoding_takes_only_its_own_sizes(table):
@@ -541,7 +563,7 @@ def test_the_fastest_that_is_listed(table):
     # of one alone nothing is known, nor without the one that is preferred
     assert tuning.fastest("attention", key(1024), ("cudnn", "xla")) is None
     assert tuning.fastest("attention", key(1024), ("xla", "mosaic", "triton")) is None
-    assert tuning.fastest("attention", key(1024, window=256), tuple(listed)) is None
+    assert tuning.fastest("attention", key(1024, window=512), tuple(listed)) is None
 
 
 def test_the_fastest_is_told_by_passes_that_all_have(table):

@@ -152,7 +152,13 @@ def obstacle(
     *,
     new: NewEntries | None = None,
 ) -> str | None:
-    """Why a backend cannot serve this attention here, or None; reads shapes and dtypes only."""
+    """Why a backend cannot serve this attention here, or None; reads shapes and dtypes only.
+
+    Raises:
+      ValueError: there is no backend of that name.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     return _BACKENDS[backend].obstacle(queries, tuple(blocks), new)
 
 
@@ -162,8 +168,6 @@ def _serving(
     """The backend asked for, or what `auto` takes; raises ValueError where it cannot serve."""
     if backend == "auto":
         return automatic(queries, blocks, new=new)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     found = obstacle(queries, blocks, backend, new=new)
     if found:
         raise ValueError(f"backend {backend!r} cannot serve this attention: {found}")

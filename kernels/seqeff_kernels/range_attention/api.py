@@ -121,7 +121,13 @@ def explain(
 def obstacle(
     queries: Float[Array, "batch rows heads head_dim"], sources: Sequence[Source], backend: str
 ) -> str | None:
-    """Why a backend cannot serve this attention here, or None; reads shapes and dtypes only."""
+    """Why a backend cannot serve this attention here, or None; reads shapes and dtypes only.
+
+    Raises:
+      ValueError: there is no backend of that name.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     return _BACKENDS[backend].obstacle(queries, tuple(sources))
 
 
@@ -129,8 +135,6 @@ def _serving(backend: str, queries: Array, sources: tuple[Source, ...]) -> str:
     """The backend asked for, or what `auto` takes; raises ValueError where it cannot serve."""
     if backend == "auto":
         return automatic(queries, sources)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
     found = obstacle(queries, sources, backend)
     if found:
         raise ValueError(f"backend {backend!r} cannot serve this attention: {found}")
