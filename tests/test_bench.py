@@ -351,8 +351,22 @@ def test_cudnn_is_measured_where_one_full_block_is_all(gpu, monkeypatch):
         "auto",
         "cudnn",
     ]
-    assert all(row["speedup"] == 1 for row in rows)
     assert "error" in rows[-1]  # no cuDNN here, and the benchmark went on
+
+
+def test_decoding_is_compared_with_cudnn(gpu, monkeypatch):
+    small = decode_shapes.Shape(batch=1, capacities=(16,), heads=2, kv_heads=1, head_dim=8)
+    monkeypatch.setitem(decode.SHAPES, "small", small)
+
+    def both(queries, *_):  # takes 8 ms here, others 0.6
+        return queries
+
+    monkeypatch.setattr(decode, "_cudnn", both)
+    rows = {
+        row["implementation"]: row for row in decode.benchmark_decode(["small"], reference=1e12)
+    }
+    assert (rows["cudnn"]["speedup"], rows["xla"]["speedup"]) == (1, round(8 / 0.6, 3))
+    assert " 13.33 " in decode.line(rows["xla"])
 
 
 def test_shares_are_of_the_fastest_copy():

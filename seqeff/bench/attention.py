@@ -373,7 +373,8 @@ def _row(
 
 _MODES = {True: "yes", False: "no", None: "not known"}
 HEADER = (
-    f"{'':20}{'':16}{'':>7}  {'':14}{'forward':>31}{'forward and backward':>32}  executed / needed\n"
+    f"{'':20}{'':16}{'':>7}  {'':14}{'forward':>31}{'forward and backward':>32}"
+    "  executed / needed\n"
     f"{'shape':20}{'kind':16}{'window':>7}  {'implementation':14}"
     + f"{'ms':>9}{'x cuDNN':>8}{'x flex':>7}{'TFLOP/s':>8}" * 2
     + "  forward  backward  deterministic"

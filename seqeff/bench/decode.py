@@ -166,7 +166,10 @@ def _measure(program: Program, size: int, flops: int, reference: float) -> dict[
     }
 
 
-HEADER = f"{'shape':17}{'implementation':15}{'us':>10}{'x cuDNN':>9}{'TB/s':>8}{'share':>8}{'TFLOP/s':>9}"
+HEADER = (
+    f"{'shape':17}{'implementation':15}{'us':>10}{'x cuDNN':>9}{'TB/s':>8}{'share':>8}"
+    f"{'TFLOP/s':>9}"
+)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -223,18 +223,23 @@ class _Shuffled:
 
     def epoch(self, epoch: int) -> tuple[Rows, Int64[np.ndarray, " rows"]]:
         """The packed rows, and the order in which the epoch visits them."""
-        if self._latest_order is None or self._latest_order[0] != epoch:
+        # another thread may ask for another epoch meanwhile
+        latest = self._latest_order
+        if latest is None or latest[0] != epoch:
             order = permutation_of(self.rows_per_epoch, self._seed, _ROWS, epoch, self._number)
-            self._latest_order = epoch, order
-        return self._pack(epoch if self._packing == "split" else 0), self._latest_order[1]
+            latest = self._latest_order = epoch, order
+        return self._pack(epoch if self._packing == "split" else 0), latest[1]
 
     def _pack(self, epoch: int) -> Rows:
-        if self._latest_pack is None or self._latest_pack[0] != epoch:
+        latest = self._latest_pack
+        if latest is None or latest[0] != epoch:
             documents = len(self.store.lengths)
             order = permutation_of(documents, self._seed, _DOCUMENTS, epoch, self._number)
-            rows = PACKINGS[self._packing](self.store, order, self._length)
-            self._latest_pack = epoch, rows
-        return self._latest_pack[1]
+            latest = self._latest_pack = (
+                epoch,
+                PACKINGS[self._packing](self.store, order, self._length),
+            )
+        return latest[1]
 
 
 def _shares(weights: Sequence[float]) -> Int64[np.ndarray, " stores"]:

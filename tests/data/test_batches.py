@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqeff.checks import ConfigError
+from seqeff.data import batches as batches_module
 from seqeff.data.batch import Batch
 from seqeff.data.batches import Batches, EvaluationBatches, _shares, permutation_of
 
@@ -155,6 +156,25 @@ def test_values_that_cannot_be(make_store, changes, message):
     if "weights" not in changes:
         with pytest.raises(ConfigError, match=message):
             EvaluationBatches(**arguments)
+
+
+def test_another_thread_may_ask_for_another_epoch_meanwhile(make_store, monkeypatch):
+    store = make_store([63, 7, 30])
+    made = {"sequence_length": 16, "batch_size": 4, "seed": 0}
+    expected = [Batches([store], **made)(step) for step in range(3)]
+    batches, pack, asked = Batches([store], **made), batches_module.PACKINGS["split"], []
+    assert batches.steps_per_epoch == 2
+
+    def interrupted(*arguments):
+        if not asked:
+            asked.append(None)
+            asked[0] = batches(2)
+        return pack(*arguments)
+
+    monkeypatch.setitem(batches_module.PACKINGS, "split", interrupted)
+    for found, wanted in ((batches(0), expected[0]), (asked[0], expected[2])):
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("packing", ["split", "whole"])
