@@ -49,7 +49,7 @@ def test_visits_equal_a_count_over_all_pairs_of_tiles(tile_rows):
     # of the last tiles, one is cut off and one has no entries
     low = np.arange(0, LENGTH + TILE_ENTRIES, TILE_ENTRIES)
     high = np.minimum(low + TILE_ENTRIES, LENGTH)
-    found = row_tile_visits(jnp.asarray(start), jnp.asarray(end), low, high, tile_rows)
+    found = row_tile_visits(*map(jnp.asarray, (start, end, low, high)), tile_rows)
     start, end = (b.reshape(*b.shape[:2], 1, -1, tile_rows) for b in (start, end))
     low, high = low[:, None], high[:, None]
     counted = (
