@@ -30,12 +30,22 @@ def lowered(function: Callable[..., Any], *arguments: Any) -> str:
 
 def _times_transposed(left, right, meanwhile=lambda: None):
     product = jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T)
+    _order_reads()
     meanwhile()
     return product
 
 
 def _add_product(total, left, right):
-    return total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
+    total = total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
+    _order_reads()
+    return total
+
+
+def _order_reads():
+    """Orders plain reads before later copies, as the tensor cores' own reads are."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plgpu.commit_smem()
 
 
 def shared_memory(function: Callable[..., Any], *arguments: Any) -> int:
@@ -50,11 +60,15 @@ def shared_memory(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 @contextlib.contextmanager
-def interpreted(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 3) -> Iterator[None]:
+def interpreted(
+    monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 3, detect_races: bool = True
+) -> Iterator[None]:
     """Runs the kernels without the tensor cores' products and without register layouts.
 
-    Of few multiprocessors, each takes several items of work.
+    Of few multiprocessors, each takes several items of work. Raises AssertionError at the end if
+    a kernel raced, or if none ran.
     """
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from seqeff_kernels.range_attention.mosaic import forward, gradients, pieces, rows
@@ -75,5 +89,18 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 3) -> It
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
     monkeypatch.setattr(gpu, "multiprocessors", lambda: multiprocessors)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    # one a kernel, of which the interpreter keeps the last
+    detectors = []
+    make_detector = gpu_callbacks.GPURaceDetectionState
+
+    def kept_detector(**sizes):
+        detectors.append(make_detector(**sizes))
+        return detectors[-1]
+
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", kept_detector)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
         yield
+        jax.effects_barrier()
+    assert detectors, "no kernel was interpreted"
+    races = sum(detector.races_found for detector in detectors)
+    assert not races, f"{races} kernels race: see RACE DETECTED in what they print"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowered_arrays import largest_array
 
 from seqeff_kernels import gpu
 from seqeff_kernels.range_attention import RangeSource, TokenSource, reference, triton
@@ -111,6 +112,23 @@ def test_one_loop_for_all_tiles_gives_the_same():
     one, two = (triton.attend(queries, sources, 0.3, tiles(full)) for full in (False, True))
     for got, want in zip(one, two, strict=True):
         compare(got, want, 2e-6)
+
+
+@pytest.mark.parametrize("length", [1 << 17, 1 << 20])
+def test_nothing_grows_with_the_square_of_the_length(length):
+    """The largest array of forward and backward, between the kernels, is one of the tokens'.
+
+    At the larger length, a table of tiles of rows and of entries would exceed it fourfold.
+    """
+    array = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float16)
+    chosen = jax.ShapeDtypeStruct((1, length), bool)
+
+    def loss(queries, keys, values, chosen):
+        sources = separator_sources(keys, values, chosen, 64)
+        return triton.attend(queries, sources, 0.1)[0].astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    assert largest_array(gradient.lower(array, array, array, chosen).as_text()) == length * 64
 
 
 def test_packing_takes_rows_of_more_elements_than_32_bits_count(tmp_path):

@@ -36,6 +36,7 @@ from seqeff_kernels.range_attention.mosaic.pieces import (
 from seqeff_kernels.range_attention.mosaic.rows import Rows
 from seqeff_kernels.range_attention.mosaic.tiles import BLOCK, Plan
 from seqeff_kernels.range_attention.sources import ListedSource
+from seqeff_kernels.range_attention.visits import row_tile_visits
 
 
 def row_statistics(
@@ -180,12 +181,7 @@ def entry_visits(
     blocks = pl.cdiv(entries, BLOCK * workers) * workers
     low = jnp.arange(blocks) * BLOCK
     high = jnp.minimum(low + BLOCK, entries)
-    # bounds never decrease: of a tile of rows, the first has the lowest and the last the highest
-    bounds = (end[..., size - 1 :: size], end[..., ::size])
-    bounds += (start[..., size - 1 :: size], start[..., ::size])
-    limits = jnp.stack([low + 1, high, low + 1, high], -1)
-    below = jnp.stack(bounds, -1)[..., None, :, :] < limits[:, None]
-    return below.sum(-2, dtype=jnp.int32).reshape(*start.shape[:2], -1)
+    return row_tile_visits(start, end, low, high, size).reshape(*start.shape[:2], -1)
 
 
 def entries_gradient(

@@ -30,6 +30,7 @@ from seqeff_kernels.range_attention.operands import (
 )
 from seqeff_kernels.range_attention.packing import PackedIndices
 from seqeff_kernels.range_attention.sources import ListedSource, RangeSource, Source
+from seqeff_kernels.range_attention.visits import row_tile_visits
 
 _LARGEST_HEAD_DIM = 256
 _MOST_SOURCES = 3
@@ -332,20 +333,13 @@ def _row_visits(
 
     First, first of those, after the last of those, after the last, of whole tiles of rows.
     """
-    first = jnp.arange(0, entries, tile_entries)[:, None]
+    first = jnp.arange(0, entries, tile_entries)
     last = jnp.minimum(first + tile_entries, entries)
-    start, end = source.start[..., None, :], source.end[..., None, :]
-    # bounds never decrease: of a tile of rows, the first has the lowest and the last the highest
-    missing = -end.shape[-1] % tile_rows
-    highest_end = jnp.pad(end, ((0, 0), (0, 0), (0, 0), (0, missing)), mode="edge")
-    masks = (
-        highest_end[..., tile_rows - 1 :: tile_rows] <= first,
-        end[..., ::tile_rows] < last,
-        # a tile that is cut off by the last row needs a mask
-        start[..., tile_rows - 1 :: tile_rows] <= first,
-        start[..., ::tile_rows] < last,
-    )
-    return tile_rows * jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], -1)
+    missing = ((0, 0), (0, 0), (0, -source.end.shape[-1] % tile_rows))
+    # a tile that is cut off by the last row needs a mask
+    start = jnp.pad(source.start, missing, constant_values=_NOWHERE)
+    end = jnp.pad(source.end, missing, mode="edge")
+    return tile_rows * row_tile_visits(start, end, first, last, tile_rows)
 
 
 def _pointers(queries: Array, sources: Sequence[ListedSource], tile_rows: int) -> list[Array]:
