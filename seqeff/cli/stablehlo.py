@@ -77,4 +77,7 @@ def _size(text: str) -> tuple[str, int]:
     name, sign, number = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=N, such as batch=1")
-    return name, positive(number)
+    size = positive(number)
+    if size >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 2**31")
+    return name, size

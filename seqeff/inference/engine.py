@@ -93,6 +93,11 @@ class Engine:
         """
         require(slots >= 1, f"Engine.slots = {slots} must be at least 1")
         require(steps >= 1, f"Engine.steps = {steps} must be at least 1")
+        require(
+            context is not None or generation_context(config, 1) is None,
+            "Engine.context = None is for models whose caches do not grow: give the tokens that a "
+            "prompt and its continuation may have together",
+        )
         self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
         self.rows = max(slots, _LEAST_ROWS.get(jax.default_backend(), 1))
         self.tokenizer, self.chunks = tokenizer, chunks
@@ -126,7 +131,9 @@ class Engine:
         """
         self.use, context, start = CacheUse(), self.context, None
         if len(prefix):
-            read = _Run(self, parameters, [Request(prompt=prefix, tokens=1)], 1, 1, context)
+            # what would be drawn after it is no part of the prompts
+            request = Request(prompt=prefix, tokens=1)
+            read = _Run(self, parameters, [request], 1, 1, context, draws=False)
             while read.advance():
                 pass
             collections.deque(read.finished_calls(0), maxlen=0)
@@ -183,6 +190,7 @@ class _Run:
         rows: int,
         context: int | None,
         start: device.Slots | None = None,
+        draws: bool = True,
     ) -> None:
         """
         Args:
@@ -191,9 +199,11 @@ class _Run:
           rows: of the caches.
           context: tokens that a prompt and its continuation may have; None: any number.
           start: see `slots.read_prompts`.
+          draws: whether prompts are continued.
         """
         self._engine, self._parameters = engine, parameters
         self._requests, self._context, self._start = enumerate(requests), context, start
+        self._draws = draws
         self._count, self.slots = count, engine.empty(count=rows)
         self._occupants: list[Occupant | None] = [None] * rows
         self._calls: collections.deque[_Call] = collections.deque()
@@ -271,7 +281,7 @@ class _Run:
             begins[row] = occupant.read == 0
             occupant.read += len(part)
             if not occupant.reads:
-                wanted[row], occupant.scheduled = occupant.wanted, 1
+                wanted[row], occupant.scheduled = occupant.wanted if self._draws else 0, 1
         settings = Settings.of([Sampling() if x is None else x.request.sampling for x in reading])
         chunk = device.Chunk(tokens, counts, begins, wanted, settings)
         self.slots, drawn = self._engine.read(

@@ -67,7 +67,7 @@ def read_requests(path: str, tokenizer: Tokenizer, defaults: Request) -> list[Na
 def _named(line: str, number: int, tokenizer: Tokenizer, defaults: Request) -> Named:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"this is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UserError('this is no JSON object: give one such as {"prompt": "The "}')

@@ -31,7 +31,10 @@ class Request:
     stops: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        require(self.tokens >= 1, f"Request.tokens = {self.tokens} must be at least 1")
+        require(
+            1 <= self.tokens < 2**31,
+            f"Request.tokens = {self.tokens} must be at least 1, below 2**31",
+        )
         if not len(self.prompt):
             raise UserError("the prompt is empty: give at least one token")
         if "" in self.stops:

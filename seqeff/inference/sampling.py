@@ -16,6 +16,8 @@ from seqeff.checks import check_types, require
 Way = Literal["greedy", "sampled", "filtered"]
 # the later can do what the earlier do
 WAYS: tuple[Way, ...] = get_args(Way)
+# of what logits are divided by or multiplied with
+_GREATEST = 1e6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,12 @@ class Sampling:
     def __post_init__(self) -> None:
         check_types(self)
         require(
-            self.temperature >= 0, f"Sampling.temperature = {self.temperature} must not be negative"
+            0 <= self.temperature <= _GREATEST,
+            f"Sampling.temperature = {self.temperature} must be from 0 to {_GREATEST:g}",
         )
         require(
-            self.top_k is None or self.top_k >= 1,
-            f"Sampling.top_k = {self.top_k} must be at least 1, or null for all",
+            self.top_k is None or 1 <= self.top_k < 2**31,
+            f"Sampling.top_k = {self.top_k} must be at least 1, below 2**31, or null for all",
         )
         require(
             self.top_p is None or 0 < self.top_p <= 1,
@@ -60,8 +63,9 @@ class Sampling:
             f"Sampling.min_p = {self.min_p} must be from 0 to 1, or null for all",
         )
         require(
-            self.repetition_penalty > 0,
-            f"Sampling.repetition_penalty = {self.repetition_penalty} must be above 0",
+            1 / _GREATEST <= self.repetition_penalty <= _GREATEST,
+            f"Sampling.repetition_penalty = {self.repetition_penalty} must be above 0, from "
+            f"{1 / _GREATEST:g} to {_GREATEST:g}",
         )
         require(
             0 <= self.seed < 2**32, f"Sampling.seed = {self.seed} must be at least 0, below 2**32"

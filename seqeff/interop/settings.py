@@ -34,7 +34,7 @@ class Settings:
         """
         try:
             values = json.loads(decode_utf8(read_bytes(file), str(file)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise UserError(f"{file} holds no JSON object")
@@ -52,14 +52,14 @@ class Settings:
         return found
 
     def size(self, name: str) -> int:
-        """A whole number of at least 1.
+        """A whole number of at least 1, below 2**31.
 
         Raises:
           UserError: it is absent, null or something else.
         """
         value = self.required(name, int)
-        if value < 1:
-            raise UserError(f"{self.place}: {name} = {value} must be at least 1")
+        if not 1 <= value < 2**31:
+            raise UserError(f"{self.place}: {name} = {value} must be at least 1, below 2**31")
         return value
 
     def get(self, name: str, default: Value) -> Value:

@@ -35,10 +35,10 @@ def test_a_table_and_a_report(finished, tasks, tmp_path):
     report = json.loads(file.read_text())
     assert report["benchmark"] == "harness"
     assert report["versions"]["packages"]["lm_eval"] == lm_eval.__version__
-    assert (report["run"], report["checkpoint"]) == (str(finished), 24)
+    assert (report["run"], report["step"]) == (str(finished), 24)
     assert (report["limit"], report["context"]) == (5, 32)
     assert report["seeds"] == {"random": 7, "numpy": 7, "shots": 7, "sampling": 7}
-    assert report["model"]["attention"] == "DenseAttention"
+    assert "TransformerConfig.attention" in report["config"]
     assert report["tokenizer"] == Tokenizer.load(finished / "tokenizer").fingerprint
     rows = {row["task"]: row for row in report["results"]}
     assert set(rows) == set(TASKS)
@@ -134,7 +134,10 @@ def test_the_tasks_of_the_harness(finished, monkeypatch, no_devices):
         (["--harness", "local_text", "--seed", 2**32], "--seed 4294967296 must be at least 0, be"),
         (["--harness", "local_text", "--limit", 0], "--limit: '0' is not a whole number"),
         (["--harness", "local_text", "--lengths", 9], "--lengths is for --retrieval TASK...; give"),
-        (["--harness", "local_text", "--batches", 1], "leave it out with --harness"),
+        (
+            ["--harness", "local_text", "--batches", 1],
+            "--batches is not for --harness; leave one out",
+        ),
         (["--harness", "x", "--retrieval", "mqar"], "--retrieval and --harness are two commands"),
         (["--limit", 1], "--limit is for --harness TASK...; give both"),
     ],

@@ -321,6 +321,30 @@ def test_a_prefix_is_read_once(name, made, tokenizer):
     assert gather(engine, model, requests)[0][1] != found[0][1]
 
 
+def test_a_prefix_draws_nothing(made, tokenizer):
+    """A token drawn after it would be penalised as one that the prompts hold."""
+    config, model = made("dense")
+    engine = Engine(config, tokenizer, slots=3, context=CONTEXT)
+    read, starts = engine.read, []
+
+    def watched(*arguments, start, **named):
+        starts.append(start)
+        return read(*arguments, start=start, **named)
+
+    engine.read = watched
+    prefix, prompt = prompts(40, 3, seed=6)
+    gather(engine, model, [Request(prompt=prompt, tokens=2, sampling=GREEDY)], prefix)
+    before, start = starts
+    assert before is None
+    assert np.flatnonzero(start.seen[0]).tolist() == sorted(set(prefix))
+
+
+def test_a_cache_that_grows_wants_a_context(made, tokenizer):
+    for name in ("dense", "separators"):
+        with pytest.raises(ConfigError, match=r"Engine\.context = None is for models whose caches"):
+            Engine(made(name)[0], tokenizer)
+
+
 def test_a_prefix_takes_its_room(made, tokenizer):
     config, model = made("dense")
     engine = Engine(config, tokenizer, context=20)
