@@ -25,6 +25,8 @@ from seqeff_kernels.range_attention import PackedIndices, RangeSource, TokenSour
 _OPTIONAL = {
     "wandb": ("wandb", "Train.tracker = @Wandb()", "wandb"),
     "jax_triton": ("jax-triton", "Triton kernels on NVIDIA GPUs", "'seqeff[gpu]'"),
+    "matplotlib": ("matplotlib", "plots of eval --plot", "'seqeff[plot]'"),
+    "lm_eval": ("lm_eval", "tasks of eval --harness", "'seqeff[harness]'"),
     "torch": ("torch", "comparisons with PyTorch", "'seqeff[parity]'"),
 }
 # jax raises the latter where a platform was asked for that none of its plugins offers

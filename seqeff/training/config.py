@@ -34,8 +34,8 @@ class Train:
       evaluate_every: steps between validations; null: only after the last step.
       evaluation_batches: validation batches at most; null: all.
       sample_every: steps between printed samples; null: only after the last step.
-      sample_prompt, sample_tokens, sampling: of the printed samples; a prompt is cut at half of
-        `Data.sequence_length`.
+      sample_prompt, sample_tokens, sampling: of the printed samples, of which there are none
+        with 0 tokens; a prompt is cut at half of `Data.sequence_length`.
       profile: first step and number of steps that the profiler records.
       expected_bits_per_byte: range that the last validation should fall into.
     """

@@ -94,8 +94,10 @@ class Report:
             )
         return result
 
-    def sample(self, step: int, state: State, record: bool = True) -> str:
-        """Continues the config's prompt and reports it."""
+    def sample(self, step: int, state: State, record: bool = True) -> str | None:
+        """Continues the config's prompt and reports it, unless no tokens are asked for."""
+        if self._config.sample_tokens == 0:
+            return None
         tokenizer, config = self._prepared.tokenizer, self._config
         if self._engine is None:
             context = config.data.sequence_length

@@ -129,6 +129,13 @@ def test_the_terminal_says_how_it_went_and_what_to_type_next(bounds, verdict, ti
     assert "parameters" in result.errors
 
 
+def test_no_sample_is_drawn_of_no_tokens(tiny, copied):
+    result = tiny.train(copied, "--gin.Train.sample_tokens=0")
+    assert result.status == 0, result.errors
+    assert result.output.lstrip().startswith("validation:")
+    assert "next:" in result.output
+
+
 def test_a_long_sample_prompt_is_shown_as_the_model_saw_it(tiny, copied):
     prompt = "the cat sat on a mat and the dog ran to the big red house. " * 4
     result = tiny.train(copied, f"--gin.Train.sample_prompt={prompt!r}")
