@@ -158,6 +158,13 @@ def test_what_is_refused(finished, tasks, tmp_path, monkeypatch, no_devices, opt
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_task_that_fails(finished, tasks):
+    line = refused(
+        "eval", finished, "--harness", "local_choice", "--include-path", tasks, "--shots", 20
+    )
+    assert line.startswith("--harness: a task failed: ValueError: Sample larger than population")
+
+
 def test_positions_that_end(finished, tasks, no_devices):
     options = ["--gin.TransformerConfig.positions=@LearnedPositions()"]
     options += ["--gin.LearnedPositions.length=64", "--harness", "local_text"]

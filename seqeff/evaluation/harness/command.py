@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,16 +83,34 @@ def evaluate(model: Any, tasks: Any, limit: int | None) -> Mapping[str, Any]:
       model: an `lm_eval.api.model.LM`.
       tasks: those loaded.
       limit: documents of each task; None: all.
+
+    Raises:
+      UserError: a task cannot be scored.
     """
     from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
 
     # standard errors come from a pool of forks otherwise, which the threads of JAX may hang
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with contextlib.redirect_stdout(sys.stderr):
-        found: Any = evaluator.evaluate(
-            lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLED
-        )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            found: Any = evaluator.evaluate(
+                lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLED
+            )
+    except Exception as error:
+        if isinstance(error, UserError) or _is_ours(error):
+            raise
+        raise UserError(
+            f"--harness: a task failed: {type(error).__name__}: {error}; see to its file and data "
+            "(of which --shots N takes N examples for each question)"
+        ) from error
     return found
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error comes from under this package, and not from the harness or a task."""
+    package = Path(__file__).parents[2]
+    _, *under = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).is_relative_to(package) for frame in under)
 
 
 def table(found: Mapping[str, Any]) -> str:
