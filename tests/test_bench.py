@@ -68,6 +68,8 @@ def test_without_a_gpu_it_is_one_line(benchmark):
         (["decode", "wide-2k"], "no shape is called wide-2k; choose among odd, odd-head"),
         (["attention", "--window", "0"], "argument --window: '0' is not a whole number"),
         (["attention", "--density", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["decode", "--json", "no/x.json"], "argument --json: no/x.json: there is no folder no;"),
+        (["attention", "--json", "."], "argument --json: . is a folder; give a file in it"),
         (["decode", "--rivals"], "unrecognized arguments: --rivals"),
         (["attention", "--gin.A.b=1"], "seqeff bench attention takes no --gin overrides"),
     ],

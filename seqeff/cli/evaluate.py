@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqeff.checks import UserError
-from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, positive, share
+from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, output_file, positive, share
 from seqeff.cli.runs import facts, open_with, restore
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def add(commands: Commands) -> None:
     text = "with --retrieval or --harness: prompts at a time (default: 16)"
     evaluate.add_argument("--slots", type=positive, help=text)
     text = "draw what is found: with --positions curves, with --retrieval a heat map"
-    evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help=text)
+    evaluate.add_argument("--plot", type=output_file, metavar="FILE.png", help=text)
     text = "run tasks of lm-evaluation-harness: their names, patterns of names, or YAML files"
     evaluate.add_argument("--harness", nargs="+", metavar="TASK", help=text)
     text = "with --harness: a folder with YAML files of further tasks"
@@ -81,7 +81,7 @@ def add(commands: Commands) -> None:
     text = "with --harness: of prompt and answer (default: the positions there are, else the row)"
     evaluate.add_argument("--context", type=positive, metavar="TOKENS", help=text)
     text = "write the results to this file"
-    evaluate.add_argument("--json", type=Path, help=text)
+    evaluate.add_argument("--json", type=output_file, help=text)
     add_checkpoint(evaluate)
 
 
@@ -155,10 +155,6 @@ def _check_evaluation(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is not for --{kind}; leave one out")
         usage = [f"--{kind} {what}..." for kind, (what, names) in _KINDS.items() if name in names]
         raise UserError(f"--{name.replace('_', '-')} is for {' or '.join(usage)}; give both")
-    for name in ("json", "plot"):
-        file = getattr(options, name)
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"--{name} {file}: there is no folder {file.parent}; make it")
     if options.plot is not None:
         from seqeff.evaluation.plot import check_plot
 
@@ -236,7 +232,7 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from seqeff.bench.report import write_report
     from seqeff.evaluation import comparison
-    from seqeff.evaluation.retrieval import ModelReader, command
+    from seqeff.evaluation.retrieval import ModelReader, Row, command
 
     given = ("lengths", "depths", "examples", "seed", "filler")
     bindings = command.bindings(
@@ -249,6 +245,8 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     model = config.model.for_vocabulary(tokenizer.vocabulary())
     model.require_positions(longest)
     cells = list(retrieval.cells(tokenizer, length))
+    if any(isinstance(x, Row) for cell in cells for x in cell.examples):
+        _tell_mask(config.model)
     if told := comparison.warning(model, longest, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)

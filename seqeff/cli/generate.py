@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seqeff.checks import UserError
-from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, positive
+from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, output_file, positive
 from seqeff.cli.runs import open_run, restore
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def add(commands: Commands) -> None:
     text = "with --prompts: prompts at a time (default: 16)"
     generate.add_argument("--slots", type=positive, help=text)
     text = "with --prompts: where results go, a JSON object a line (default: the standard output)"
-    generate.add_argument("--output", type=Path, metavar="FILE.jsonl", help=text)
+    generate.add_argument("--output", type=output_file, metavar="FILE.jsonl", help=text)
     text = "with --prompts: the tokens' ids and log-probabilities too"
     generate.add_argument("--log-probabilities", action="store_true", help=text)
     add_checkpoint(generate)

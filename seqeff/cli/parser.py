@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from seqeff.checks import UserError
@@ -73,6 +74,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written once there is something to write."""
+    file = Path(text)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file in it")
+    if not file.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {file.parent}; make it")
+    return file
 
 
 def share(text: str) -> float:

@@ -47,7 +47,11 @@ def facts(
     with CheckpointStore(run.checkpoints) as store:
         latest = store.latest()
     ours = ("run", "run_dir", "name", "parser", "takes_overrides")
-    given = {name: x for name, x in vars(options).items() if name not in ours and x}
+    given = {
+        name: x
+        for name, x in vars(options).items()
+        if name not in ours and x is not None and x is not False
+    }
     return {
         "run": str(run.path),
         "step": latest if options.checkpoint is None else options.checkpoint,

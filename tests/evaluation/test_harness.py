@@ -129,7 +129,7 @@ def test_the_tasks_of_the_harness(finished, monkeypatch, no_devices):
         (["--harness", "column.yaml"], "cannot be loaded: UndefinedError: 'body' is undefined"),
         (["--harness", "unsafe.yaml"], "--harness unsafe: this task runs code that the model"),
         (["--harness", "local_text", "--include-path", "no"], "--include-path no: no such folder"),
-        (["--harness", "local_text", "--json", "no/x.json"], "--json no/x.json: there is no fol"),
+        (["--harness", "local_text", "--json", "no/x.json"], "--json: no/x.json: there is no f"),
         (["--harness", "local_text", "--shots", -1], "--shots -1 must not be negative"),
         (["--harness", "local_text", "--seed", 2**32], "--seed 4294967296 must be at least 0, be"),
         (["--harness", "local_text", "--limit", 0], "--limit: '0' is not a whole number"),

@@ -124,7 +124,7 @@ def test_an_earlier_checkpoint_and_fewer_batches(finished):
     assert int(fewer.split("tokens ")[1].split()[0]) <= 4 * 32
 
 
-def test_eval_says_what_it_does_not_score(finished):
+def test_eval_says_what_it_does_not_score(finished, tmp_path):
     published = [
         "--gin.TransformerConfig.attention=@SeparatorAttention()",
         "--gin.SeparatorAttention.window=9",
@@ -134,3 +134,11 @@ def test_eval_says_what_it_does_not_score(finished):
     result = seqeff("eval", finished, "--batches", 1, *published)
     assert result.status == 0, result.errors
     assert "with the mask, not with the cache of SeparatorAttention.cache_entries" in result.errors
+    file = tmp_path / "found.json"
+    asked = ["--lengths", 32, "--examples", 1, "--gin.AssociativeRecall.pairs=2", "--seed", 0]
+    asked += ["--json", file]
+    result = seqeff("eval", finished, "--retrieval", "mqar", *asked, *published)
+    assert result.status == 0, result.errors
+    assert "with the mask, not with the cache of SeparatorAttention.cache_entries" in result.errors
+    # 0 is as good a setting as another
+    assert json.loads(file.read_text())["options"]["seed"] == 0

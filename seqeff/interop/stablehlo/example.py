@@ -68,9 +68,13 @@ class Model:
             tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
         logits, cache = self.prefill(self.zeros("cache", **sizes), tokens, counts)
         drawn = [jnp.argmax(logits, axis=-1).astype(jnp.int32)]
+        finite = [jnp.isfinite(logits).all()]
         while len(drawn) < count:
             logits, cache = self.decode(cache, drawn[-1])
             drawn.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+            finite.append(jnp.isfinite(logits).all())
+        if not all(map(bool, finite)):
+            raise SystemExit("more tokens than the cache or the positions have room for")
         return np.stack(drawn, axis=1)[: len(prompts)]
 
 

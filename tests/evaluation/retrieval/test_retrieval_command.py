@@ -167,8 +167,11 @@ def test_without_matplotlib(finished, tmp_path, monkeypatch, no_devices):
         ),
         (["--retrieval", "mqar", "--gin.Needle.filler=null"], "no Needle is built"),
         (["--retrieval", "mqar", "--gin.AssociativeRecall.pair=2"], "did you mean pairs?"),
-        (["--retrieval", "mqar", "--json", "no/x.json"], "--json no/x.json: there is no folder no"),
-        (["--retrieval", "mqar", "--plot", "no/x.png"], "--plot no/x.png: there is no folder no"),
+        (
+            ["--retrieval", "mqar", "--json", "no/x.json"],
+            "--json: no/x.json: there is no folder no",
+        ),
+        (["--retrieval", "mqar", "--plot", "no/x.png"], "--plot: no/x.png: there is no folder no"),
         (["--retrieval", "mqar", "--plot", "x.pdf"], "--plot x.pdf is not called .png"),
         (["--retrieval", "mqar", "--batches", 1], "--batches is not for --retrieval"),
         (["--retrieval", "mqar", "--carry"], "--carry is for --streaming BOOK...; give both"),
