@@ -409,7 +409,7 @@ def test_bench_times_each_config(options_first, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     if options_first:
         line = refused("bench", "train", "--steps", 1, "--json", "file/x.json", tiny.config)
-        assert "cannot write file/x.json: Not a directory" in line
+        assert "argument --json: file/x.json: there is no folder file; make it" in line
 
 
 def test_info_tells_what_is_here():
