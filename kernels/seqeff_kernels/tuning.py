@@ -252,7 +252,7 @@ def _nearest(key: str, listed: Collection[str]) -> str | None:
     wanted = _parse(key)
     if wanted is None:
         return None
-    distances: dict[str, float] = {}
+    distances: dict[str, tuple[float, int]] = {}
     for other in listed:
         found = _parse(other)
         if found is None or found.kind != wanted.kind:
@@ -261,9 +261,9 @@ def _nearest(key: str, listed: Collection[str]) -> str | None:
         if window > _MOST_OCTAVES:
             continue
         others = (found.group / wanted.group, found.rows / wanted.rows)
-        distances[other] = window + sum(abs(math.log2(ratio)) for ratio in others)
-    # of two as near, the one of fewer rows
-    return min(distances, key=lambda other: (distances[other], _rows(other)), default=None)
+        # of two as near, the one of fewer rows
+        distances[other] = window + sum(abs(math.log2(ratio)) for ratio in others), found.rows
+    return min(distances, key=lambda other: distances[other], default=None)
 
 
 class _Key(NamedTuple):
@@ -283,8 +283,3 @@ def _parse(key: str) -> _Key | None:
     before, group, kinds, window, after, rows = found.groups()
     kind = f"{before} {kinds}" if window is None else f"{before} {kinds}window{after}"
     return _Key(kind, int(group), int(window or 1), int(rows))
-
-
-def _rows(key: str) -> int:
-    parsed = _parse(key)
-    return 0 if parsed is None else parsed.rows
