@@ -21,13 +21,12 @@ from seqeff.interop.family import Family
 from seqeff.interop.merges import merge
 from seqeff.interop.outputs import (
     PARAMETER,
-    by_name,
     new_directory,
     read_parameters,
     require_new,
 )
 from seqeff.interop.settings import Settings
-from seqeff.interop.tensors import parameter_shapes, placements, without_place
+from seqeff.interop.tensors import by_name, parameter_shapes, placements, without_place
 from seqeff.interop.tokenizer_files import (
     SETTINGS,
     copy_tokenizer,

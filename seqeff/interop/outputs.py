@@ -60,11 +60,3 @@ def read_parameters(
     with CheckpointStore(run.checkpoints) as store:
         state, _ = store.restore(checkpoint, {"parameters": nested(wanted)}, partial=True)
     return jax.tree.map(np.asarray, state["parameters"])
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by dotted path, in its order."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

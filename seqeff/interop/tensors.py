@@ -126,15 +126,20 @@ class Placement(NamedTuple):
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its dotted path; those of the layers are stacked."""
     state = nnx.to_pure_dict(nnx.split(abstract_model(config))[1])
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+    return {name: leaf.shape for name, leaf in by_name(state).items()}
 
 
 def of_layer(array: np.ndarray, layer: int | None) -> np.ndarray:
     """A layer's own of what is stacked; None: all of what is of no layer."""
     return array if layer is None else array[layer]
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by dotted path, in its order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def nested(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from tiny_run import environment, files_of, quick_compilation, refused, seqeff
 from variants import gpt_neox, learned, llama
 
 from seqeff.checks import UserError
-from seqeff.interop.outputs import by_name
 from seqeff.interop.stablehlo.functions import ARGUMENTS, Functions
+from seqeff.interop.tensors import by_name
 from seqeff.models import (
     BilevelPositions,
     CachedTransformer,

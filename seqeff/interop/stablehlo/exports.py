@@ -15,9 +15,9 @@ import numpy as np
 import seqeff
 from seqeff.checks import UserError
 from seqeff.data import Tokenizer
-from seqeff.interop.outputs import by_name, new_directory, read_parameters, require_new
+from seqeff.interop.outputs import new_directory, read_parameters, require_new
 from seqeff.interop.stablehlo.functions import ARGUMENTS, PORTABLE, Functions
-from seqeff.interop.tensors import parameter_shapes
+from seqeff.interop.tensors import by_name, parameter_shapes
 from seqeff.interop.tokenizer_files import copy_tokenizer
 from seqeff.interop.weights import write_weights
 from seqeff.models import TransformerConfig, cached_parameters

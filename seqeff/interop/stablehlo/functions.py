@@ -13,7 +13,7 @@ from jax import export
 from jaxtyping import Array, Float, Int
 
 from seqeff.checks import UserError
-from seqeff.interop.outputs import by_name
+from seqeff.interop.tensors import by_name
 from seqeff.models import CachedTransformer, TransformerConfig
 from seqeff.models.cached import cache_of_sizes
 from seqeff_kernels.range_attention.xla import tile_side
