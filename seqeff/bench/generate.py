@@ -120,7 +120,7 @@ def _measure(
     if not config.tie_embeddings:
         # of the embedding, rows alone are read
         matrices -= given["embedding"].size * given["embedding"].dtype.itemsize
-    cache = jax.eval_shape(lambda: engine.empty(count=batch)).cache
+    cache = jax.eval_shape(lambda: engine.empty(count=engine.rows)).cache
     entry = 2 * config.projections.groups() * config.projections.size(config.width)
     entry *= np.dtype(given["embedding"].dtype).itemsize * config.layers
     moved = matrices + batch * times.read * entry
