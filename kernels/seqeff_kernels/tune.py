@@ -70,7 +70,7 @@ DECODE_SHAPES = (
     "factored-long",
     "separators",
     "pythia-160m",
-    "pythia-160m-one",
+    "pythia-160m-two",
     "draft",
 )
 WINDOWS = (64, 256)
