@@ -133,7 +133,9 @@ def decode_steps(start: Plan) -> tuple[Step, ...]:
 def mosaic_decode_steps(start: MosaicPlan) -> tuple[Step, ...]:
     """The same for the Mosaic kernel."""
     tiles = [
-        {"tile_entries": entries, "stages": stages} for entries, stages in _MOSAIC_DECODE_TILES
+        {"tile_entries": entries, "stages": stages, "share_points": share}
+        for entries, stages in _MOSAIC_DECODE_TILES
+        for share in (False, True)
     ]
     return Step("call", tiles), _split_step(start.splits)
 

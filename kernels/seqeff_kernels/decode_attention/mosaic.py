@@ -40,19 +40,30 @@ class Plan:
       splits: parts in which the entries of a KV head are cut, an item of work each.
       stages: tiles of entries in shared memory.
       tile_entries: entries of a tile.
+      share_points: two workers have the same points, up to 64, and take every other tile each, so
+        that one multiplies while the other takes its exponentials.
     """
 
     splits: int
     stages: int
     tile_entries: int = BLOCK
+    share_points: bool = False
 
     def fitted(self, sizes: Sizes) -> Plan:
-        """This or, where it does not fit, with fewer stages or, where need be, smaller tiles."""
-        workers, tile = _workers(sizes), self.tile_entries
-        if _most_stages(sizes, workers, tile) < _LEAST_STAGES:
-            tile = BLOCK
-        stages = min(self.stages, _most_stages(sizes, workers, tile))
-        return dataclasses.replace(self, tile_entries=tile, stages=stages)
+        """This or, where it does not fit, with smaller tiles, without sharing, with fewer stages."""
+        small = dataclasses.replace(self, tile_entries=BLOCK)
+        for plan in (self, small, dataclasses.replace(small, share_points=False)):
+            most = _most_stages(sizes, plan.workers(sizes), plan.tile_entries, plan.share_points)
+            if most >= _LEAST_STAGES:
+                break
+        return dataclasses.replace(plan, stages=min(plan.stages, most))
+
+    def workers(self, sizes: Sizes) -> int:
+        """Compute workers of a program: two where they share points, or there are points for them
+        and room, as they share what is copied.
+        """
+        both = sizes.points > BLOCK and _most_stages(sizes, 2) >= _LEAST_STAGES
+        return 2 if both or self.share_points else 1
 
 
 def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> str | None:
@@ -77,12 +88,11 @@ def obstacle(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | N
 
 def plan(sizes: Sizes) -> Plan:
     """The plan where nothing is tuned: parts that fill the chip, and as much in flight as fits."""
-    workers = _workers(sizes)
+    start = Plan(splits=1, stages=_MOST_STAGES)
+    workers = start.workers(sizes)
     programs = sizes.batch * sizes.kv_heads * math.ceil(sizes.points / (BLOCK * workers))
-    return Plan(
-        splits=max(1, min(gpu.multiprocessors() // programs, math.ceil(sizes.entries / BLOCK))),
-        stages=_most_stages(sizes, workers),
-    )
+    splits = max(1, min(gpu.multiprocessors() // programs, math.ceil(sizes.entries / BLOCK)))
+    return dataclasses.replace(start, splits=splits).fitted(sizes)
 
 
 def chosen_plan(queries: Array, blocks: tuple[CacheBlock, ...], new: NewEntries | None) -> Plan:
@@ -131,7 +141,9 @@ def attend(
         keys, values = (mosaic.pad_lines(x) for x in new)
         sources.append(source(keys, values, row[None, None] + 1))
 
-    tiles = _tiles(_workers(sizes), planned.tile_entries, planned.stages)
+    tiles = _tiles(
+        planned.workers(sizes), planned.tile_entries, planned.stages, planned.share_points
+    )
     static = tuple(Static(i, s.keys.shape[1], False, None) for i, s in enumerate(sources))
     output, logsumexp = forward(
         [to_points(own) for own in distinct],
@@ -154,7 +166,7 @@ def attend(
     return to_heads(output), to_heads(logsumexp)
 
 
-def _tiles(workers: int, entries: int, stages: int) -> Tiles:
+def _tiles(workers: int, entries: int, stages: int, share_points: bool) -> Tiles:
     return Tiles(
         workers=workers,
         block_entries=entries,
@@ -162,20 +174,17 @@ def _tiles(workers: int, entries: int, stages: int) -> Tiles:
         stages=stages,
         buffers=1,
         take_turns=False,
+        share_rows=share_points,
     )
 
 
-def _most_stages(sizes: Sizes, workers: int, tile_entries: int = BLOCK) -> int:
+def _most_stages(
+    sizes: Sizes, workers: int, tile_entries: int = BLOCK, share_points: bool = False
+) -> int:
     """How many stages fit beside the queries and the rows' bounds; 0 if not one does."""
 
     def fits(stages: int) -> bool:
-        tiles = _tiles(workers, tile_entries, stages)
+        tiles = _tiles(workers, tile_entries, stages, share_points)
         return tiles.shared_memory(sizes.head_dim, sizes.queries, sizes.lists) <= SHARED_MEMORY
 
     return next(filter(fits, range(_MOST_STAGES, 0, -1)), 0)
-
-
-def _workers(sizes: Sizes) -> int:
-    """Two where there are rows for them and room, as they share what is copied."""
-    both = sizes.points > BLOCK and _most_stages(sizes, 2) >= _LEAST_STAGES
-    return 2 if both else 1

@@ -22,12 +22,15 @@ from seqeff_kernels.range_attention.mosaic.pieces import (
     for_each_item,
     indices,
     launch,
+    load_rows,
+    load_tile,
     mask_edge,
     roles,
     shared_memory,
     spread,
     times_transposed,
     visit_all,
+    visit_every_other,
 )
 from seqeff_kernels.range_attention.mosaic.rows import Rows
 from seqeff_kernels.range_attention.mosaic.tiles import Plan
@@ -59,7 +62,7 @@ def forward(
     largest = max(plan.entries)
 
     def kernel(query_refs, source_refs, output_ref, logsumexp_ref, scratch):
-        rows_scratch, key_scratch, value_scratch, turn = scratch
+        rows_scratch, key_scratch, value_scratch, turn, handed = scratch
         own_ring = Ring(tiles.buffers, *rows_scratch)
         key_ring, value_ring = Ring(stages, *key_scratch), Ring(stages, *value_scratch)
         query_smem, bounds_smem = own_ring.buffers
@@ -74,6 +77,8 @@ def forward(
                 plgpu.barrier_wait(turn)
 
         def compute(worker):
+            block_index = jnp.int32(0) if tiles.share_rows else worker
+
             @pl.when(worker == 1)
             def _():
                 end_turn()
@@ -88,7 +93,7 @@ def forward(
                     filled((block,), LOWEST),
                     filled((block,), 0),
                 )
-                all_visits = cut.visits(bounds_smem, own, worker, place.split)
+                all_visits = cut.visits(bounds_smem, own, block_index, place.split)
                 if alternate:
                     # an item without tiles takes the turns of one: else worker 1, half a tile
                     # behind, never ends the item before, for whose room the next one's rows wait
@@ -101,7 +106,7 @@ def forward(
                 for index, (visits, size, q) in enumerate(
                     zip(all_visits, plan.entries, plan.queries, strict=True)
                 ):
-                    bounds = cut.bounds(bounds_smem, own, index, worker)
+                    bounds = cut.bounds(bounds_smem, own, index, block_index)
 
                     def slot_of(tile, copied=copied, visits=visits):
                         return key_ring.slot(copied + tile - visits.copied_first)
@@ -124,7 +129,7 @@ def forward(
                             await_turn()
 
                         scores = times_transposed(
-                            query_smem.at[own, q, worker],
+                            query_smem.at[own, q, block_index],
                             key_ring.buffers.at[slot, pl.ds(0, size)],
                             meanwhile,
                         )
@@ -157,31 +162,77 @@ def forward(
                         value_ring.give(slot)
                         return weighted, new_maximum, total
 
-                    carry = visit_all(visits, visit, skip, carry)
+                    if tiles.share_rows:
+                        carry = visit_every_other(visits, visit, copied + worker, carry)
+                    else:
+                        carry = visit_all(visits, visit, skip, carry)
                     copied += visits.copied
 
-                weighted, maximum, total = carry
+                if tiles.share_rows:
+
+                    @pl.when(worker == 1)
+                    def _():
+                        hand_over(own, carry)
+
+                    @pl.when(worker == 0)
+                    def _():
+                        write(place, own, merged(own, carry))
+
+                else:
+                    write(place, own, carry)
+                own_ring.give(own)
+                return copied
+
+            def write(place, own, found):
+                weighted, maximum, total = found
                 empty = total == 0
                 inverse = jnp.where(empty, 0.0, 1 / total)
                 weighted *= spread(inverse, weighted, 0)
                 line = place.batch_index * splits + place.split
-                own_rows, head = cut.rows_of(place, worker), place.head
+                own_rows, head = cut.rows_of(place, block_index), place.head
                 logsumexp_ref[line, head, own_rows] = jnp.where(
                     empty, -jnp.inf, maximum / LOG2E + jnp.log(total)
                 )
                 if splits == 1:
                     # all products with the queries are done: the output leaves from their place
-                    query_smem[own, 0, worker] = weighted.astype(dtype)
+                    query_smem[own, 0, block_index] = weighted.astype(dtype)
                 else:
                     output_ref[line, own_rows, head] = weighted
                 plgpu.commit_smem()
                 if splits == 1:
                     plgpu.copy_smem_to_gmem(
-                        query_smem.at[own, 0, worker], output_ref.at[line, own_rows, head]
+                        query_smem.at[own, 0, block_index], output_ref.at[line, own_rows, head]
                     )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                own_ring.give(own)
-                return copied
+
+            def hand_over(own, found):
+                weighted_smem, sent, received = handed
+                weighted_smem[...] = found[0]
+                for which, numbers in enumerate(found[1:]):
+                    rows_smem = bounds_smem.at[own, len(sources), which]
+                    rows_smem[...] = lax.bitcast_convert_type(numbers, jnp.int32)
+                plgpu.barrier_arrive(sent)
+                plgpu.barrier_wait(received)
+
+            def merged(own, found):
+                """With what the other worker hands over."""
+                weighted_smem, sent, received = handed
+                weighted, maximum, total = found
+                plgpu.barrier_wait(sent)
+                other_maximum, other_total = (
+                    lax.bitcast_convert_type(
+                        load_rows(bounds_smem.at[own, len(sources), which]), jnp.float32
+                    )
+                    for which in range(2)
+                )
+                new_maximum = jnp.maximum(maximum, other_maximum)
+                own_share, other_share = (
+                    jnp.exp2(m - new_maximum) for m in (maximum, other_maximum)
+                )
+                weighted *= spread(own_share, weighted, 0)
+                weighted += load_tile(weighted_smem) * spread(other_share, weighted, 0)
+                plgpu.barrier_arrive(received)
+                return weighted, new_maximum, total * own_share + other_total * other_share
 
             for_each_item(cut.items, one_item, jnp.int32(0))
 
@@ -193,10 +244,10 @@ def forward(
             plgpu.wait_smem_to_gmem(0)
 
         def own_copies(place, own):
-            for worker in range(workers):
-                rows = cut.rows_of(place, worker)
+            for index in range(tiles.blocks_of_program):
+                rows = cut.rows_of(place, index)
                 for q, ref in enumerate(query_refs):
-                    yield ref.at[place.batch_index, rows, place.head], query_smem.at[own, q, worker]
+                    yield ref.at[place.batch_index, rows, place.head], query_smem.at[own, q, index]
 
         def copy():
             cut.copy_all(source_refs, own_ring, own_copies, (key_ring, value_ring))
@@ -205,8 +256,14 @@ def forward(
 
     # only the copy engine stops at the last row
     output_rows, output_dtype = (rows, dtype) if splits == 1 else (cut.padded, jnp.float32)
-    ring = functools.partial(Ring.scratch, workers=workers)
-    own_blocks = (tiles.buffers, len(queries), workers, block, head_dim)
+    own_blocks = (tiles.buffers, len(queries), tiles.blocks_of_program, block, head_dim)
+    tile_ring = functools.partial(Ring.scratch, copies=1, workers=tiles.blocks_of_program)
+    tile = shared_memory((stages, largest, head_dim), dtype)
+    handed = (
+        shared_memory((block, head_dim), jnp.float32),
+        plgpu.Barrier(),
+        plgpu.Barrier(),
+    )
     return plgpu.kernel(
         kernel,
         out_type=[
@@ -215,17 +272,19 @@ def forward(
         ],
         scratch_types=[
             (
-                ring(
+                Ring.scratch(
                     tiles.buffers,
                     (
                         shared_memory(own_blocks, dtype),
                         cut.bounds_memory(tiles.buffers),
                     ),
-                    copies=len(queries) * workers + 2 * len(sources),
+                    copies=len(queries) * tiles.blocks_of_program + 2 * len(sources),
+                    workers=workers,
                 ),
-                ring(stages, shared_memory((stages, largest, head_dim), dtype), copies=1),
-                ring(stages, shared_memory((stages, largest, head_dim), dtype), copies=1),
+                tile_ring(stages, tile),
+                tile_ring(stages, tile),
                 plgpu.Barrier(num_arrivals=workers),
+                handed if tiles.share_rows else (),
             )
         ],
         **launch(workers, cut.items),

@@ -149,6 +149,13 @@ def visit_all(visits: Visits, visit: Callable, skip: Callable, carry: Any) -> An
     return carry
 
 
+def visit_every_other(visits: Visits, visit: Callable, parity: Array, carry: Any) -> Any:
+    """Visits every other tile that is copied, from the second on where `parity` is odd."""
+    first = visits.copied_first + lax.rem(parity, jnp.int32(2))
+    count = lax.div(jnp.maximum(visits.copied_last - first + 1, 0), jnp.int32(2))
+    return lax.fori_loop(0, count, lambda step, carry: visit(first + 2 * step, carry), carry)
+
+
 def for_each_item(items: Any, body: Callable, carry: Any) -> Any:
     """Calls `body(item, step, carry)` for the items of this program: every so many, one is its.
 
@@ -286,5 +293,6 @@ def launch(workers: int, items: int) -> dict[str, Any]:
 
 
 def shared_memory(shape: tuple[int, ...], dtype: Any) -> Any:
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -53,8 +53,8 @@ class Rows:
     ) -> None:
         self._sources, self._sizes, self._splits = sources, sizes, splits
         self._heads = heads
-        self._block, self._workers = tiles.block_rows, tiles.workers
-        self._rows = self._block * self._workers
+        self._block, self._rows = tiles.block_rows, tiles.rows_of_program
+        self._handed = int(tiles.share_rows)
         # rows after the last one repeat it
         self._bounds = [
             tuple(pad_to(b, 2, self._rows, mode="edge") for b in (s.start, s.end)) for s in sources
@@ -78,8 +78,12 @@ class Rows:
         return [(s.keys, s.values, *b) for s, b in zip(self._sources, self._bounds, strict=True)]
 
     def bounds_memory(self, buffers: int) -> Any:
-        """Shared memory for a program's bounds: start and end of each source."""
-        return plgpu.SMEM((buffers, len(self._sources), 2, self._rows), jnp.int32)
+        """Shared memory for a program's bounds: start and end of each source.
+
+        Then come two numbers a row, which a worker may hand to the one that it shares rows with.
+        """
+        lists = len(self._sources) + self._handed
+        return plgpu.SMEM((buffers, lists, 2, self._rows), jnp.int32)
 
     def rows_of(self, place: Place, worker: Any) -> Any:
         """A worker's rows."""

@@ -31,6 +31,8 @@ class Tiles:
         under way while one is done.
       take_turns: of two workers, one multiplies while the other takes its exponentials; needs two
         buffers.
+      share_rows: both of two workers have the program's one block of rows, each takes every other
+        tile, and what they found is merged: for few rows of many entries.
       backward_workers: the same as `workers`, for the gradients.
       backward_tile: entries of a tile for the gradient of the queries, and rows of one for those
         of the keys and values.
@@ -45,6 +47,7 @@ class Tiles:
     stages: int = 2
     buffers: int = 2
     take_turns: bool = True
+    share_rows: bool = False
     backward_workers: int = 2
     backward_tile: int = 64
     backward_stages: int = 2
@@ -57,11 +60,21 @@ class Tiles:
                 "take_turns with 2 workers needs 2 buffers, not 1: the workers would wait for each "
                 "other for ever; give take_turns=False or buffers=2"
             )
+        if self.share_rows and (self.workers != 2 or self.take_turns):
+            raise ValueError(
+                f"share_rows needs 2 workers that do not take turns, not workers={self.workers} "
+                f"and take_turns={self.take_turns}"
+            )
+
+    @property
+    def blocks_of_program(self) -> int:
+        """Blocks of rows of a program."""
+        return 1 if self.share_rows else self.workers
 
     @property
     def rows_of_program(self) -> int:
         """Rows of all of a program's compute workers."""
-        return self.block_rows * self.workers
+        return self.block_rows * self.blocks_of_program
 
     def shared_memory(self, head_dim: int, queries: int, sources: int) -> int:
         """Bytes of shared memory of a forward program, of 16-bit numbers.
@@ -75,12 +88,14 @@ class Tiles:
             2 * head_dim * rows * queries,
             2 * head_dim * tile,
             2 * head_dim * tile,
-            # start and end of each source
-            2 * 4 * rows * sources,
+            # start and end of each source, and two numbers that a worker hands to another
+            2 * 4 * rows * (sources + self.share_rows),
             REDUCTION_BYTES,
+            # an output that it hands over
+            4 * head_dim * rows * self.share_rows,
         )
-        # ready and free of each slot of three rings, and the turn
-        barriers = 2 * (self.buffers + 2 * self.stages) + 1
+        # ready and free of each slot of three rings, the turn, and two for what is handed over
+        barriers = 2 * (self.buffers + 2 * self.stages) + (3 if self.share_rows else 1)
         return sum(math.ceil(size / _ALIGNED) * _ALIGNED for size in arrays) + _BARRIER * barriers
 
     def fitted(self, head_dim: int, queries: int, sources: int) -> Tiles:
