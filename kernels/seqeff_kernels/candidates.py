@@ -133,11 +133,14 @@ def decode_steps(start: Plan) -> tuple[Step, ...]:
 def mosaic_decode_steps(start: MosaicPlan) -> tuple[Step, ...]:
     """The same for the Mosaic kernel."""
     tiles = [
-        {"tile_entries": entries, "stages": stages, "share_points": share}
-        for entries, stages in _MOSAIC_DECODE_TILES
-        for share in (False, True)
+        {"tile_entries": entries, "stages": stages} for entries, stages in _MOSAIC_DECODE_TILES
     ]
-    return Step("call", tiles), _split_step(start.splits)
+    shared = [
+        {**tile, "splits": splits, "share_points": True}
+        for tile in tiles
+        for splits in sorted({1, max(1, start.splits // 2), start.splits})
+    ]
+    return Step("call", tiles), _split_step(start.splits), Step("call", shared)
 
 
 def _split_step(splits: int) -> Step:

@@ -47,7 +47,7 @@ def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
     Raises:
       ValueError: the device's table is damaged.
     """
-    listed = _device_table().get(operation, {}).get(backend, {})
+    listed = _device_table(operation).get(backend, {})
     found = _match(key, listed)
     return None if found is None else dict(listed[found]["plan"])
 
@@ -69,9 +69,11 @@ def planned(
     try:
         return make(**fields)
     except (TypeError, ValueError) as error:
-        listed = _match(key, _device_table()[operation][backend])
+        listed = _match(key, _device_table(operation)[backend])
+        of_backend = ((path, read(path).get(operation, {}).get(backend, {})) for path in _paths())
+        path = next(path for path, entries in of_backend if listed in entries)
         raise ValueError(
-            f"the table of tuned plans {_device_path()} has no plan in its entry of "
+            f"the table of tuned plans {path} has no plan in its entry of "
             f"{operation} {backend} {listed!r}: {error}"
         ) from error
 
@@ -90,7 +92,7 @@ def fastest(operation: str, key: str, backends: Sequence[str]) -> str | None:
     Returns:
       a backend, or None where the first is not listed, no other is, or nothing of theirs compares.
     """
-    table = _device_table().get(operation, {})
+    table = _device_table(operation)
     listed = {
         backend: table[backend]
         for backend in backends
@@ -204,19 +206,27 @@ def _check_entry(entry: Any, name: str) -> None:
         raise ValueError(f"the entry of {name} has no milliseconds; give a number for each pass")
 
 
-def _device_table() -> dict[str, dict[str, dict[str, Any]]]:
-    return read(_device_path())
+def _device_table(operation: str) -> dict[str, dict[str, Any]]:
+    """Entries of an operation by backend and key, those of a key all of one file of `_paths`."""
+    table: dict[str, dict[str, Any]] = {}
+    for path in reversed(_paths()):
+        nearer = read(path).get(operation, {})
+        keys = {key for entries in nearer.values() for key in entries}
+        for entries in table.values():
+            for key in keys & entries.keys():
+                del entries[key]
+        for backend, entries in nearer.items():
+            table.setdefault(backend, {}).update(entries)
+    return table
 
 
-def _device_path() -> Path:
-    """Of the table of the default device, or of one that differs in its memory alone."""
+def _paths() -> list[Path]:
+    """The table of the default device, then those of devices that differ in their memory alone."""
     kind = jax.devices()[0].device_kind
-    path = table_path(kind)
-    if not path.exists():
-        relatives = [name for family in _FAMILIES for name in family if _related(kind, family)]
-        tables = sorted(FOLDER.glob("*.json"))
-        path = next((table for table in tables if _related(table.stem, relatives)), path)
-    return path
+    own = table_path(kind)
+    relatives = [name for family in _FAMILIES for name in family if _related(kind, family)]
+    others = [path for path in sorted(FOLDER.glob("*.json")) if _related(path.stem, relatives)]
+    return [own, *(path for path in others if path != own)]
 
 
 def _related(kind: str, names: Sequence[str]) -> bool:

@@ -82,6 +82,7 @@ def interpreted(
         "filled": functools.partial(jnp.full, dtype=jnp.float32),
         "indices": lambda shape, axis: lax.broadcasted_iota(jnp.int32, shape, axis),
         "shared_memory": plgpu.SMEM,
+        "one_place": lambda *buffers: buffers,
     }
     for name, replacement in replacements.items():
         assert hasattr(pieces, name)

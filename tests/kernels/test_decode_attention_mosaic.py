@@ -13,7 +13,7 @@ from mosaic_interpreter import interpreted, lowered, needs_mosaic, shared_memory
 from seqeff_kernels import gpu, tuning
 from seqeff_kernels.decode_attention import CacheBlock, merge, mosaic, reference
 from seqeff_kernels.decode_attention.plan import Sizes
-from seqeff_kernels.range_attention.mosaic.tiles import BLOCK, SHARED_MEMORY
+from seqeff_kernels.range_attention.mosaic.tiles import BLOCK, SHARED_MEMORY, Tiles
 
 
 def call(rows, heads, kv_heads, capacities, filled, new, own=False, head_dim=64):
@@ -132,6 +132,21 @@ def test_a_plan_that_is_listed_for_fewer_blocks_is_cut_to_what_fits(tmp_path, mo
         lowered(lambda *call: mosaic.attend(*call, 0.1, listed)[0], *many)
 
 
+@needs_mosaic
+@pytest.mark.parametrize("head_dim", mosaic.HEAD_DIMS)
+def test_shared_points_take_the_memory_that_is_counted(head_dim):
+    call = shapes_of(head_dim, 64, own=0, blocks=1)
+    plan = mosaic.Plan(splits=2, stages=3, share_points=True)
+    assert plan.fitted(Sizes.of(*call)) == plan
+    found = shared_memory(lambda *call: mosaic.attend(*call, 0.1, plan)[0], *call)
+    tiles = Tiles(
+        workers=2, block_entries=64, stages=3, buffers=1, take_turns=False, share_rows=True
+    )
+    assert found <= tiles.shared_memory(head_dim, 1, 1) <= found + 1024
+    with pytest.raises(ValueError, match="share_rows needs 2 workers"):
+        Tiles(workers=1, share_rows=True)
+
+
 def test_merging_splits():
     generator = np.random.default_rng(0)
     output = generator.normal(size=(2, 3, 5, 8)).astype(np.float32)
@@ -157,13 +172,20 @@ CASES = {
 
 @needs_mosaic
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("splits", "tile_entries"), [(1, 64), (3, 64), (2, 128)])
-def test_interpreted_kernels_equal_the_reference(name, splits, tile_entries, monkeypatch):
+@pytest.mark.parametrize(
+    ("splits", "tile_entries", "stages", "share"),
+    [(1, 64, 2, False), (3, 64, 2, False), (2, 128, 2, False), (1, 64, 3, True), (2, 64, 2, True)],
+)
+def test_interpreted_kernels_equal_the_reference(
+    name, splits, tile_entries, stages, share, monkeypatch
+):
     queries, blocks, new = CASES[name]
-    # two workers race to clear the tile that they share, but write the same
-    alone = Sizes.of(queries, blocks, new).points <= BLOCK
+    # two workers with points of their own race to clear a tile that they share, but write the same
+    alone = share or Sizes.of(queries, blocks, new).points <= BLOCK
     with interpreted(monkeypatch, detect_races=alone):
-        plan = mosaic.Plan(splits=splits, stages=2, tile_entries=tile_entries)
+        plan = mosaic.Plan(
+            splits=splits, stages=stages, tile_entries=tile_entries, share_points=share
+        )
         output, logsumexp = mosaic.attend(queries, blocks, new, 0.2, plan)
     want, want_logsumexp = reference.attend(queries, blocks, new, 0.2)
     np.testing.assert_allclose(logsumexp, want_logsumexp, rtol=1e-5, atol=1e-5)

@@ -37,7 +37,7 @@ def device_of(monkeypatch):
     """Puts the table of a device in place of that of the default device."""
 
     def take(path):
-        monkeypatch.setattr(tuning, "_device_table", lambda: tuning.read(path))
+        monkeypatch.setattr(tuning, "_paths", lambda: [path])
 
     return take
 

@@ -601,6 +601,23 @@ def test_a_device_without_a_table_takes_its_relatives(tmp_path, monkeypatch):
     assert on("NVIDIA A100-SXM4-80GB") is None
     tuning.record(tuning.table_path("NVIDIA H200"), "decode", "triton", "k", entry({"a": 2}))
     assert on("NVIDIA H200") == {"a": 2}
+    assert on("NVIDIA H100 80GB HBM3") == {"a": 1}
+
+
+def test_entries_of_a_key_are_all_of_one_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
+    relative, own = (tuning.table_path(f"NVIDIA {name}") for name in ("H100", "H200"))
+    for key in ("k", "l"):
+        for backend, time in (("triton", 1.0), ("mosaic", 2.0)):
+            tuning.record(relative, "decode", backend, key, entry({"a": 1}, call=time))
+    tuning.record(own, "decode", "mosaic", "k", entry({"a": 2}, call=3.0))
+    assert tuning.choose("decode", "mosaic", "k") == {"a": 2}
+    assert tuning.choose("decode", "triton", "k") is None
+    assert tuning.fastest("decode", "k", ("mosaic", "triton")) is None
+    assert tuning.fastest("decode", "l", ("mosaic", "triton")) == "triton"
+    with pytest.raises(ValueError, match=r"NVIDIA_H100\.json has no plan in its entry of decode"):
+        tuning.planned("decode", "triton", "l", lambda **_: int("x"), lambda: 0)
 
 
 @pytest.mark.parametrize(

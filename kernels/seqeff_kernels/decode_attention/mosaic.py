@@ -50,7 +50,7 @@ class Plan:
     share_points: bool = False
 
     def fitted(self, sizes: Sizes) -> Plan:
-        """This or, where it does not fit, with smaller tiles, without sharing, with fewer stages."""
+        """This or what fits of it: with fewer stages, smaller tiles, and points not shared."""
         small = dataclasses.replace(self, tile_entries=BLOCK)
         for plan in (self, small, dataclasses.replace(small, share_points=False)):
             most = _most_stages(sizes, plan.workers(sizes), plan.tile_entries, plan.share_points)
@@ -112,6 +112,7 @@ def attend(
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch rows heads"]]:
     """See `decode_attention`; `planned` replaces `chosen_plan`, for tuning."""
     from seqeff_kernels.range_attention.mosaic.forward import forward
+    from seqeff_kernels.range_attention.mosaic.rows import FilledSource
 
     batch, rows, heads, head_dim = queries.shape
     sizes = Sizes.of(queries, blocks, new)
@@ -122,11 +123,6 @@ def attend(
         split = array.reshape(batch, rows, kv_heads, -1, head_dim)
         return jnp.moveaxis(split, 3, 2).reshape(batch, points, kv_heads, head_dim)
 
-    def source(keys: Array, values: Array, end: Array) -> ListedSource:
-        end = jnp.broadcast_to(end, (*end.shape[:2], points)).astype(jnp.int32)
-        # from the ends, so that XLA can make both in one kernel: zeros take one of their own
-        return ListedSource(None, keys, values, jnp.minimum(end, 0), end)
-
     distinct = distinct_queries(queries, blocks, new)
 
     def place(own: Array | None) -> int:
@@ -134,12 +130,14 @@ def attend(
         return next(index for index, other in enumerate(distinct) if other is taken)
 
     which = [place(block.queries) for block in blocks]
-    sources = [source(block.keys, block.values, block.lengths()[:, None, None]) for block in blocks]
+    sources: list[ListedSource | FilledSource] = [
+        FilledSource(block.keys, block.values, block.filled.astype(jnp.int32)) for block in blocks
+    ]
     if new is not None:
         which.append(place(None))
-        row = jnp.arange(points, dtype=jnp.int32) // (points // rows)
-        keys, values = (mosaic.pad_lines(x) for x in new)
-        sources.append(source(keys, values, row[None, None] + 1))
+        end = (jnp.arange(points, dtype=jnp.int32) // (points // rows))[None, None] + 1
+        keys, values = map(mosaic.pad_lines, new)
+        sources.append(ListedSource(None, keys, values, jnp.zeros_like(end), end))
 
     tiles = _tiles(
         planned.workers(sizes), planned.tile_entries, planned.stages, planned.share_points

@@ -25,6 +25,7 @@ from seqeff_kernels.range_attention.mosaic.pieces import (
     load_rows,
     load_tile,
     mask_edge,
+    one_place,
     roles,
     shared_memory,
     spread,
@@ -32,14 +33,14 @@ from seqeff_kernels.range_attention.mosaic.pieces import (
     visit_all,
     visit_every_other,
 )
-from seqeff_kernels.range_attention.mosaic.rows import Rows
+from seqeff_kernels.range_attention.mosaic.rows import FilledSource, Rows
 from seqeff_kernels.range_attention.mosaic.tiles import Plan
 from seqeff_kernels.range_attention.sources import ListedSource
 
 
 def forward(
     queries: Sequence[Array],
-    sources: Sequence[ListedSource],
+    sources: Sequence[ListedSource | FilledSource],
     plan: Plan,
     *,
     splits: int = 1,
@@ -58,14 +59,14 @@ def forward(
     batch, rows, heads, head_dim = queries[0].shape
     dtype = queries[0].dtype
     block, workers, stages = tiles.block_rows, tiles.workers, tiles.stages
-    cut = Rows(heads, sources, plan.entries, tiles, splits)
+    cut = Rows(rows, heads, sources, plan.entries, tiles, splits)
     largest = max(plan.entries)
 
     def kernel(query_refs, source_refs, output_ref, logsumexp_ref, scratch):
-        rows_scratch, key_scratch, value_scratch, turn, handed = scratch
+        rows_scratch, key_scratch, value_scratch, turn, asked, given = scratch
         own_ring = Ring(tiles.buffers, *rows_scratch)
         key_ring, value_ring = Ring(stages, *key_scratch), Ring(stages, *value_scratch)
-        query_smem, bounds_smem = own_ring.buffers
+        (query_smem, *handed_smem), bounds_smem = own_ring.buffers
         alternate = tiles.take_turns and workers == 2
 
         def end_turn():
@@ -87,13 +88,14 @@ def forward(
             def one_item(item, step, copied):
                 place = cut.locate(item)
                 own = own_ring.slot(step)
+                bounds = cut.bounds(source_refs, bounds_smem, own, place)
                 own_ring.take(own)
                 carry = (
                     filled((block, head_dim), 0),
                     filled((block,), LOWEST),
                     filled((block,), 0),
                 )
-                all_visits = cut.visits(bounds_smem, own, block_index, place.split)
+                all_visits = bounds.visits(block_index)
                 if alternate:
                     # an item without tiles takes the turns of one: else worker 1, half a tile
                     # behind, never ends the item before, for whose room the next one's rows wait
@@ -106,7 +108,7 @@ def forward(
                 for index, (visits, size, q) in enumerate(
                     zip(all_visits, plan.entries, plan.queries, strict=True)
                 ):
-                    bounds = cut.bounds(bounds_smem, own, index, block_index)
+                    rows_bounds = bounds.of(index, block_index)
 
                     def slot_of(tile, copied=copied, visits=visits):
                         return key_ring.slot(copied + tile - visits.copied_first)
@@ -119,7 +121,7 @@ def forward(
                             await_turn()
 
                     def visit(tile, carry, index=index, visits=visits, size=size, q=q,
-                              bounds=bounds, slot_of=slot_of):  # fmt: skip
+                              rows_bounds=rows_bounds, slot_of=slot_of):  # fmt: skip
                         weighted, maximum, total = carry
                         slot = slot_of(tile)
                         key_ring.take(slot)
@@ -139,7 +141,7 @@ def forward(
                             tile,
                             scores,
                             lambda: indices(scores.shape, 1),
-                            lambda: (b - tile * size for b in bounds),
+                            lambda: (b - tile * size for b in rows_bounds),
                             0,
                         )
                         new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
@@ -156,48 +158,52 @@ def forward(
                         value_ring.take(slot)
                         values = value_ring.buffers.at[slot, pl.ds(0, size)]
                         if clear_values:
-                            clear_from(values, cut.end(bounds_smem, own, index) - tile * size)
+                            clear_from(values, bounds.end(index) - tile * size)
                         await_turn()
                         weighted = add_product(weighted, narrow, values)
                         value_ring.give(slot)
                         return weighted, new_maximum, total
 
                     if tiles.share_rows:
-                        carry = visit_every_other(visits, visit, copied + worker, carry)
+                        first = lax.rem(copied + worker, jnp.int32(2))
+                        carry = visit_every_other(visits, visit, skip, first, carry)
                     else:
                         carry = visit_all(visits, visit, skip, carry)
                     copied += visits.copied
 
+                weighted, maximum, total = carry
                 if tiles.share_rows:
+                    halves = weighted[:, : head_dim // 2], weighted[:, head_dim // 2 :]
 
                     @pl.when(worker == 1)
                     def _():
-                        hand_over(own, carry)
+                        hand_over(own, halves, maximum, total)
 
                     @pl.when(worker == 0)
                     def _():
-                        write(place, own, merged(own, carry))
+                        write(place, own, *merged(own, halves, maximum, total))
 
                 else:
-                    write(place, own, carry)
+                    write(place, own, [weighted], maximum, total)
                 own_ring.give(own)
                 return copied
 
-            def write(place, own, found):
-                weighted, maximum, total = found
+            def write(place, own, parts, maximum, total):
                 empty = total == 0
                 inverse = jnp.where(empty, 0.0, 1 / total)
-                weighted *= spread(inverse, weighted, 0)
                 line = place.batch_index * splits + place.split
                 own_rows, head = cut.rows_of(place, block_index), place.head
                 logsumexp_ref[line, head, own_rows] = jnp.where(
                     empty, -jnp.inf, maximum / LOG2E + jnp.log(total)
                 )
-                if splits == 1:
-                    # all products with the queries are done: the output leaves from their place
-                    query_smem[own, 0, block_index] = weighted.astype(dtype)
-                else:
-                    output_ref[line, own_rows, head] = weighted
+                for index, part in enumerate(parts):
+                    part *= spread(inverse, part, 0)
+                    columns = pl.ds(index * part.shape[1], part.shape[1])
+                    if splits == 1:
+                        # all products with the queries are done: the output leaves from their place
+                        query_smem[own, 0, block_index, :, columns] = part.astype(dtype)
+                    else:
+                        output_ref[line, own_rows, head, columns] = part
                 plgpu.commit_smem()
                 if splits == 1:
                     plgpu.copy_smem_to_gmem(
@@ -205,34 +211,43 @@ def forward(
                     )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def hand_over(own, found):
-                weighted_smem, sent, received = handed
-                weighted_smem[...] = found[0]
-                for which, numbers in enumerate(found[1:]):
-                    rows_smem = bounds_smem.at[own, len(sources), which]
-                    rows_smem[...] = lax.bitcast_convert_type(numbers, jnp.int32)
-                plgpu.barrier_arrive(sent)
-                plgpu.barrier_wait(received)
+            def hand_over(own, halves, maximum, total):
+                """Gives the other worker what this one found, half after half, as it asks."""
+                for which, numbers in enumerate((maximum, total)):
+                    bounds_smem[own, len(cut.listed), which] = lax.bitcast_convert_type(
+                        numbers, jnp.int32
+                    )
+                for half in halves:
+                    plgpu.barrier_wait(asked)
+                    handed_smem[0][...] = half
+                    plgpu.barrier_arrive(given)
 
-            def merged(own, found):
+            def merged(own, halves, maximum, total):
                 """With what the other worker hands over."""
-                weighted_smem, sent, received = handed
-                weighted, maximum, total = found
-                plgpu.barrier_wait(sent)
+
+                def handed_half():
+                    # into the place of the queries, which this worker needs no more
+                    plgpu.barrier_arrive(asked)
+                    plgpu.barrier_wait(given)
+                    return load_tile(handed_smem[0])
+
+                first, second = halves
+                other_first = handed_half()
                 other_maximum, other_total = (
                     lax.bitcast_convert_type(
-                        load_rows(bounds_smem.at[own, len(sources), which]), jnp.float32
+                        load_rows(bounds_smem.at[own, len(cut.listed), which]), jnp.float32
                     )
                     for which in range(2)
                 )
-                new_maximum = jnp.maximum(maximum, other_maximum)
-                own_share, other_share = (
-                    jnp.exp2(m - new_maximum) for m in (maximum, other_maximum)
-                )
-                weighted *= spread(own_share, weighted, 0)
-                weighted += load_tile(weighted_smem) * spread(other_share, weighted, 0)
-                plgpu.barrier_arrive(received)
-                return weighted, new_maximum, total * own_share + other_total * other_share
+                highest = jnp.maximum(maximum, other_maximum)
+                share, other_share = (jnp.exp2(m - highest) for m in (maximum, other_maximum))
+
+                def summed(half, other):
+                    return half * spread(share, half, 0) + other * spread(other_share, half, 0)
+
+                parts = [summed(first, other_first)]
+                parts.append(summed(second, handed_half()))
+                return parts, highest, total * share + other_total * other_share
 
             for_each_item(cut.items, one_item, jnp.int32(0))
 
@@ -257,13 +272,11 @@ def forward(
     # only the copy engine stops at the last row
     output_rows, output_dtype = (rows, dtype) if splits == 1 else (cut.padded, jnp.float32)
     own_blocks = (tiles.buffers, len(queries), tiles.blocks_of_program, block, head_dim)
-    tile_ring = functools.partial(Ring.scratch, copies=1, workers=tiles.blocks_of_program)
+    places = (shared_memory(own_blocks, dtype),)
+    if tiles.share_rows:
+        places = one_place(*places, shared_memory((block, head_dim // 2), jnp.float32))
+    tile_ring = functools.partial(Ring.scratch, copies=1, workers=workers)
     tile = shared_memory((stages, largest, head_dim), dtype)
-    handed = (
-        shared_memory((block, head_dim), jnp.float32),
-        plgpu.Barrier(),
-        plgpu.Barrier(),
-    )
     return plgpu.kernel(
         kernel,
         out_type=[
@@ -274,17 +287,15 @@ def forward(
             (
                 Ring.scratch(
                     tiles.buffers,
-                    (
-                        shared_memory(own_blocks, dtype),
-                        cut.bounds_memory(tiles.buffers),
-                    ),
-                    copies=len(queries) * tiles.blocks_of_program + 2 * len(sources),
+                    (places, cut.bounds_memory(tiles.buffers)),
+                    copies=len(queries) * tiles.blocks_of_program + 2 * len(cut.listed),
                     workers=workers,
                 ),
                 tile_ring(stages, tile),
                 tile_ring(stages, tile),
                 plgpu.Barrier(num_arrivals=workers),
-                handed if tiles.share_rows else (),
+                plgpu.Barrier(),
+                plgpu.Barrier(),
             )
         ],
         **launch(workers, cut.items),

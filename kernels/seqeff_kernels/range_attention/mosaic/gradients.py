@@ -64,11 +64,11 @@ def queries_gradient(
 ) -> Array:
     """Gradient of one of the distinct queries, which `sources` take."""
     tiles, factor = plan.tiles, plan.scale * LOG2E
-    _, _, heads, head_dim = queries.shape
+    _, rows, heads, head_dim = queries.shape
     dtype = queries.dtype
     block, workers, size = tiles.block_rows, tiles.workers, tiles.backward_tile
     stages, buffers = tiles.backward_stages, tiles.backward_buffers
-    cut = Rows(heads, sources, [size] * len(sources), tiles)
+    cut = Rows(rows, heads, sources, [size] * len(sources), tiles)
 
     def kernel(query_ref, statistics_refs, source_refs, gradient_ref, scratch):
         rows_scratch, key_scratch, value_scratch = scratch
@@ -81,12 +81,13 @@ def queries_gradient(
             def one_item(item, step, copied):
                 place = cut.locate(item)
                 own = own_ring.slot(step)
+                bounds = cut.bounds(source_refs, bounds_smem, own, place)
                 own_ring.take(own)
                 mine = pl.ds(worker * block, block)
                 offset, delta = (load_rows(x.at[own, mine]) for x in (offset_smem, delta_smem))
                 gradient = filled((block, head_dim), 0)
-                for index, visits in enumerate(cut.visits(bounds_smem, own, worker, place.split)):
-                    bounds = cut.bounds(bounds_smem, own, index, worker)
+                for index, visits in enumerate(bounds.visits(worker)):
+                    rows_bounds = bounds.of(index, worker)
 
                     def slot_of(tile, copied=copied, visits=visits):
                         return key_ring.slot(copied + tile - visits.copied_first)
@@ -96,7 +97,9 @@ def queries_gradient(
                         key_ring.skip(slot)
                         value_ring.skip(slot)
 
-                    def visit(tile, gradient, visits=visits, bounds=bounds, slot_of=slot_of):
+                    def visit(
+                        tile, gradient, visits=visits, rows_bounds=rows_bounds, slot_of=slot_of
+                    ):
                         slot = slot_of(tile)
                         key_ring.take(slot)
                         scores = times_transposed(
@@ -112,7 +115,7 @@ def queries_gradient(
                             tile,
                             scores,
                             lambda: indices(scores.shape, 1),
-                            lambda: (b - tile * size for b in bounds),
+                            lambda: (b - tile * size for b in rows_bounds),
                             0,
                         )
                         weights = jnp.exp2(scores * factor - spread(offset, scores, 0))

@@ -149,11 +149,27 @@ def visit_all(visits: Visits, visit: Callable, skip: Callable, carry: Any) -> An
     return carry
 
 
-def visit_every_other(visits: Visits, visit: Callable, parity: Array, carry: Any) -> Any:
-    """Visits every other tile that is copied, from the second on where `parity` is odd."""
-    first = visits.copied_first + lax.rem(parity, jnp.int32(2))
-    count = lax.div(jnp.maximum(visits.copied_last - first + 1, 0), jnp.int32(2))
-    return lax.fori_loop(0, count, lambda step, carry: visit(first + 2 * step, carry), carry)
+def visit_every_other(
+    visits: Visits, visit: Callable, skip: Callable, first: Array, carry: Any
+) -> Any:
+    """Visits every other tile that is copied, from the `first`, 0 or 1; passes over the rest."""
+
+    @pl.when((first == 1) & (visits.copied > 0))
+    def _():
+        skip(visits.copied_first)
+
+    def both(step, carry):
+        tile = visits.copied_first + first + 2 * step
+        carry = visit(tile, carry)
+
+        @pl.when(tile + 1 < visits.copied_last)
+        def _():
+            skip(tile + 1)
+
+        return carry
+
+    count = lax.div(jnp.maximum(visits.copied - first + 1, 0), jnp.int32(2))
+    return lax.fori_loop(0, count, both, carry)
 
 
 def for_each_item(items: Any, body: Callable, carry: Any) -> Any:
@@ -193,7 +209,10 @@ def bound_line(ref: Any, batch_index: Array, kv_head: Array) -> tuple[Array, Arr
 def mask_edge(
     visits: Visits, tile: Array, scores: Array, entry: Callable, bounds: Callable, axis: int
 ) -> Array:
-    """Scores, -inf where the entry lies outside the row's bounds; `axis` is the bounds'."""
+    """Scores, -inf where the entry lies outside the row's bounds; `axis` is the bounds'.
+
+    Bounds may also be numbers, of all rows.
+    """
 
     def masked(scores):
         start, end = (spread(b, scores, axis) for b in bounds())
@@ -255,7 +274,7 @@ def load_columns(ref: Any) -> Array:
 
 
 def spread(vector: Array, like: Array, axis: int) -> Array:
-    return lax.broadcast_in_dim(vector, like.shape, [axis])
+    return lax.broadcast_in_dim(vector, like.shape, [axis][: vector.ndim])
 
 
 def indices(shape: tuple[int, ...], axis: int) -> Array:
@@ -290,6 +309,11 @@ def launch(workers: int, items: int) -> dict[str, Any]:
             approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES
         ),
     }
+
+
+def one_place(*buffers: Any) -> Any:
+    """Shared memory that holds one of the buffers at a time."""
+    return plgpu.RefUnion(*buffers)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def shared_memory(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int
 
 from seqeff_kernels.range_attention.mosaic.pieces import (
     Ring,
@@ -35,18 +37,31 @@ class Place(NamedTuple):
     kv_head: Array
 
 
+class FilledSource(NamedTuple):
+    """Entries of which every row attends `[0, filled)`, as many as there are at most."""
+
+    keys: Float[Array, "batch entries kv_heads head_dim"]
+    values: Float[Array, "batch entries kv_heads head_dim"]
+    filled: Int[Array, " batch"]
+
+
 class Rows:
     """Blocks of rows, one a worker, and the entry tiles of each source that they visit.
 
     Bounds never decrease, so those of a block's first and last row tell all: tiles from the first
     row's start to the last row's end are visited, and those from the last row's start to the first
     row's end need no mask.
+
+    Args:
+      rows: of the queries.
+      sizes: entries of a tile of each source.
     """
 
     def __init__(
         self,
+        rows: int,
         heads: int,
-        sources: Sequence[ListedSource],
+        sources: Sequence[ListedSource | FilledSource],
         sizes: Sequence[int],
         tiles: Tiles,
         splits: int = 1,
@@ -55,12 +70,10 @@ class Rows:
         self._heads = heads
         self._block, self._rows = tiles.block_rows, tiles.rows_of_program
         self._handed = int(tiles.share_rows)
-        # rows after the last one repeat it
-        self._bounds = [
-            tuple(pad_to(b, 2, self._rows, mode="edge") for b in (s.start, s.end)) for s in sources
-        ]
-        self.padded = self._bounds[0][0].shape[-1]
-        self._programs = self.padded // self._rows
+        # those whose bounds are in shared memory, in this order
+        self.listed = [i for i, s in enumerate(sources) if isinstance(s, ListedSource)]
+        self._programs = pl.cdiv(rows, self._rows)
+        self.padded = self._programs * self._rows
         batch, _, self._kv_heads, _ = sources[0].keys.shape
         self.items = self._programs * batch * splits * heads
 
@@ -74,15 +87,25 @@ class Rows:
         return Place(program, batch_index, split, head, kv_head)
 
     def operands(self) -> list[tuple[Array, ...]]:
-        """Keys, values, start and end of each source."""
-        return [(s.keys, s.values, *b) for s, b in zip(self._sources, self._bounds, strict=True)]
+        """Keys, values and bounds of each source: start and end of its rows, or what is filled."""
+        return [
+            (source.keys, source.values, source.filled)
+            if isinstance(source, FilledSource)
+            # rows after the last one repeat it
+            else (
+                source.keys,
+                source.values,
+                *(pad_to(b, 2, self._rows, mode="edge") for b in (source.start, source.end)),
+            )
+            for source in self._sources
+        ]
 
     def bounds_memory(self, buffers: int) -> Any:
-        """Shared memory for a program's bounds: start and end of each source.
+        """Shared memory for a program's bounds: start and end of each source that lists them.
 
         Then come two numbers a row, which a worker may hand to the one that it shares rows with.
         """
-        lists = len(self._sources) + self._handed
+        lists = max(1, len(self.listed) + self._handed)
         return plgpu.SMEM((buffers, lists, 2, self._rows), jnp.int32)
 
     def rows_of(self, place: Place, worker: Any) -> Any:
@@ -146,20 +169,32 @@ class Rows:
         self, refs: Any, smem: Any, own: Array, place: Place
     ) -> Iterator[tuple[Any, Any]]:
         """Copies of a program's bounds."""
-        for source, (_, _, *bounds) in enumerate(refs):
-            for which, ref in enumerate(bounds):
+        for index, source in enumerate(self.listed):
+            for which, ref in enumerate(refs[source][2:]):
                 line = bound_line(ref, place.batch_index, place.kv_head)
-                yield ref.at[(*line, self.all_rows_of(place))], smem.at[own, source, which]
+                yield ref.at[(*line, self.all_rows_of(place))], smem.at[own, index, which]
 
     def _spans(self, refs: Any, place: Place) -> list[tuple[Array, Array]]:
         """Lowest start and highest end of a program's rows, for each source."""
         first = place.program * self._rows
+        last = first + self._rows - 1
+        spans = []
+        for (_, _, *bounds), filled in zip(refs, self._filled(refs, place), strict=True):
+            if filled is None:
+                lines = [(*bound_line(b, place.batch_index, place.kv_head),) for b in bounds]
+                ends = zip(bounds, lines, (first, last), strict=True)
+                spans.append(tuple(ref[(*line, row)] for ref, line, row in ends))
+            else:
+                spans.append((jnp.int32(0), filled))
+        return spans
+
+    def _filled(self, refs: Any, place: Place) -> list[Array | None]:
+        """Of each source, the entries that all rows attend; None where each row's are listed."""
         return [
-            (
-                start[(*bound_line(start, place.batch_index, place.kv_head), first)],
-                end[(*bound_line(end, place.batch_index, place.kv_head), first + self._rows - 1)],
-            )
-            for _, _, start, end in refs
+            jnp.clip(bounds[0][place.batch_index], 0, source.keys.shape[1])
+            if isinstance(source, FilledSource)
+            else None
+            for source, (_, _, *bounds) in zip(self._sources, refs, strict=True)
         ]
 
     def _copied(
@@ -181,33 +216,61 @@ class Rows:
             low, high = low - count, high - count
         return parts
 
-    def visits(self, smem: Any, own: Array, worker: Array, split: Array) -> list[Visits]:
-        """What a worker visits in each source, from the bounds in shared memory."""
-        sources = range(len(self._sources))
-        spans = [(smem[own, s, 0, 0], self.end(smem, own, s)) for s in sources]
-        first = worker * self._block
-        last = first + self._block - 1
+    def bounds(self, refs: Any, smem: Any, own: Array, place: Place) -> Bounds:
+        """What a program's rows attend, of which shared memory may be filled after this call."""
+        return Bounds(self, self._filled(refs, place), smem, own, place)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the rows of a program attend: of each source what is filled, or None and, at `own` in
+    shared memory, each row's start and end.
+    """
+
+    cut: Rows
+    filled: Sequence[Array | None]
+    smem: Any
+    own: Array
+    place: Place
+
+    def visits(self, block: Any) -> list[Visits]:
+        """What a block of rows visits in each source."""
+        cut = self.cut
+        sources = range(len(self.filled))
+        spans = [(self._at(source, 0, 0), self.end(source)) for source in sources]
+        first = block * cut._block
+        last = first + cut._block - 1
         return [
             tile_visits(
-                _before(smem[own, source, 0, first], size),
-                _after(smem[own, source, 0, last], size),
-                _before(smem[own, source, 1, first], size),
-                _after(smem[own, source, 1, last], size),
+                _before(self._at(source, 0, first), size),
+                _after(self._at(source, 0, last), size),
+                _before(self._at(source, 1, first), size),
+                _after(self._at(source, 1, last), size),
                 copied,
             )
             for source, copied, size in zip(
-                sources, self._copied(spans, split), self._sizes, strict=True
+                sources, cut._copied(spans, self.place.split), cut._sizes, strict=True
             )
         ]
 
-    def end(self, smem: Any, own: Array, source: int) -> Array:
-        """After the last entry that a program's rows attend, from shared memory."""
-        return smem[own, source, 1, self._rows - 1]
+    def end(self, source: int) -> Array:
+        """After the last entry that a program's rows attend."""
+        return self._at(source, 1, self.cut._rows - 1)
 
-    def bounds(self, smem: Any, own: Array, source: int, worker: Array) -> list[Array]:
-        """Start and end of a worker's rows, from shared memory."""
-        mine = pl.ds(worker * self._block, self._block)
-        return [load_rows(smem.at[own, source, which, mine]) for which in range(2)]
+    def of(self, source: int, block: Any) -> list[Array]:
+        """Start and end of a block's rows, or of all rows."""
+        if self.filled[source] is not None:
+            return [self._at(source, which, 0) for which in range(2)]
+        index = self.cut.listed.index(source)
+        mine = pl.ds(block * self.cut._block, self.cut._block)
+        return [load_rows(self.smem.at[self.own, index, which, mine]) for which in range(2)]
+
+    def _at(self, source: int, which: int, row: Any) -> Array:
+        """Start or end of a row."""
+        filled = self.filled[source]
+        if filled is not None:
+            return filled if which else jnp.int32(0)
+        return self.smem[self.own, self.cut.listed.index(source), which, row]
 
 
 def _before(bound: Array, size: int) -> Array:

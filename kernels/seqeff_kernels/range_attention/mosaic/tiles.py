@@ -91,11 +91,9 @@ class Tiles:
             # start and end of each source, and two numbers that a worker hands to another
             2 * 4 * rows * (sources + self.share_rows),
             REDUCTION_BYTES,
-            # an output that it hands over
-            4 * head_dim * rows * self.share_rows,
         )
         # ready and free of each slot of three rings, the turn, and two for what is handed over
-        barriers = 2 * (self.buffers + 2 * self.stages) + (3 if self.share_rows else 1)
+        barriers = 2 * (self.buffers + 2 * self.stages) + 3
         return sum(math.ceil(size / _ALIGNED) * _ALIGNED for size in arrays) + _BARRIER * barriers
 
     def fitted(self, head_dim: int, queries: int, sources: int) -> Tiles:
