@@ -60,7 +60,7 @@ def draw(found: Curves, title: str, path: Path) -> None:
 def main() -> int:
     """Draws one family of shapes; 2 where there is nothing to draw, or nothing to draw with."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=_HERE / "attention_h100.json")
+    parser.add_argument("--results", type=Path, default=_HERE / "attention_h200.json")
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--family", default="wide", help="shapes whose names are it and a length")
     parser.add_argument("--out", type=Path, default=_HERE / "speedup.png")

@@ -94,9 +94,10 @@ def decode_table(report: dict[str, Any]) -> str:
 
 # what a table is called in the README, its file, and what makes it
 TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
-    "attention": (_HERE / "attention_h100.json", attention_table),
-    "attention-h200": (_HERE / "attention_h200.json", attention_table),
-    "decode": (_HERE / "decode_h100.json", decode_table),
+    "attention": (_HERE / "attention_h200.json", attention_table),
+    "decode": (_HERE / "decode_h200.json", decode_table),
+    "attention-h100": (_HERE / "attention_h100.json", attention_table),
+    "decode-h100": (_HERE / "decode_h100.json", decode_table),
 }
 
 

@@ -5,9 +5,13 @@ python experiments/training_speed/table.py
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
+
+
+_BOUNDED = "SeparatorAttention.separators=64"
 
 
 def table() -> str:
@@ -25,24 +29,33 @@ def table() -> str:
 
 
 def separators_table() -> str:
-    """Markdown, a row a length; dense attention and separators on an H100."""
+    """Markdown, a row a length; dense attention and separators on an H200."""
     lines = [
-        "| tokens a step | dense | window 64 and every separator | times |",
-        "|---|---|---|---|",
+        "| tokens a step | dense | window 64, every separator | times "
+        "| window 64, the last 64 separators | times |",
+        f"|{'---|' * 6}",
     ]
-    rows = {row["config"].removesuffix(".gin"): row for row in _results("h100")}
-    pairs = [(row, rows[f"{name}_n64"]) for name, row in rows.items() if f"{name}_n64" in rows]
-    for dense, ours in sorted(pairs, key=lambda pair: pair[0]["sequence_length"]):
-        speeds = [row["tokens_per_second"] for row in (dense, ours)]
-        lines.append(
-            f"| {dense['sequence_length']} × {dense['batch_size']} "
-            f"| {speeds[0]:,} | {speeds[1]:,} | {speeds[1] / speeds[0]:.2f} |"
+    rows = sorted(_results("separators_h200"), key=lambda row: row["sequence_length"])
+    for length, of_length in itertools.groupby(rows, lambda row: row["sequence_length"]):
+        measured = list(of_length)
+        dense, every, last = (
+            next(
+                row
+                for row in measured
+                if row["config"].endswith(f"k{name}.gin") and row["overrides"] == overrides
+            )
+            for name, overrides in (("", []), ("_n64", []), ("_n64", [_BOUNDED]))
         )
+        cells = [f"{length} × {dense['batch_size']}", f"{dense['tokens_per_second']:,}"]
+        for row in (every, last):
+            speed = row["tokens_per_second"]
+            cells += [f"{speed:,}", f"{speed / dense['tokens_per_second']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _results(card: str) -> list[dict[str, Any]]:
-    return json.loads(Path(__file__).with_name(f"{card}.json").read_text())["results"]
+def _results(name: str) -> list[dict[str, Any]]:
+    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())["results"]
 
 
 if __name__ == "__main__":
