@@ -1,4 +1,4 @@
-"""Attention kernels on a GPU against the float32 reference, values and gradients.
+"""The kernels on a GPU against the float32 reference, values and gradients.
 
     python experiments/gpu_checks/attention.py --json experiments/gpu_checks/RESULT.json
 
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from append_cases import APPEND_CASES, AppendCase
 from decode_cases import DECODE_CASES, DecodeCase
 from jax import Array
 from range_cases import RANGE_CASES, RangeCase
@@ -38,10 +39,12 @@ _ROW_TOLERANCES = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-2}
 # of the portable form's error in a row, where that exceeds the tolerance
 _MARGIN = 1.5
 _REPEATS = 100
-_CASES: tuple[RangeCase | DecodeCase, ...] = (*RANGE_CASES, *DECODE_CASES)
+Case = RangeCase | DecodeCase | AppendCase
+_CASES: tuple[Case, ...] = (*RANGE_CASES, *DECODE_CASES, *APPEND_CASES)
+_KINDS = {"range": RangeCase, "decode": DecodeCase, "append": AppendCase}
 
 
-def check(case: RangeCase | DecodeCase, repeats: int) -> dict[str, Any]:
+def check(case: Case, repeats: int) -> dict[str, Any]:
     """Relative errors of all that a call gives, and whether its bits stay when they have to."""
     inputs: Any = case.inputs()
     obstacle = case.explain(inputs)
@@ -166,7 +169,7 @@ def _ignores_batch_mates(
 
 def _ignores_later_tokens(
     kernel: Callable[..., list[Array]],
-    case: RangeCase | DecodeCase,
+    case: Case,
     inputs: Any,
     found: list[Array],
 ) -> bool | None:
@@ -256,12 +259,12 @@ def _finish(report: dict[str, Any], path: Path | None) -> int:
 
 def _chosen(options: argparse.Namespace) -> list[int]:
     """Numbers of the cases that are asked for."""
-    kinds = {None: (RangeCase, DecodeCase), "range": RangeCase, "decode": DecodeCase}
+    kind = _KINDS.get(options.operation, Case)
     numbers = []
     for number, case in enumerate(_CASES):
         described = json.dumps(case.describe())
         wanted = re.search(options.only, described) and not (options.short and case.is_long)
-        if wanted and isinstance(case, kinds[options.operation]):
+        if wanted and isinstance(case, kind):
             numbers.append(number)
     part, parts = options.part
     return numbers[part - 1 :: parts]
@@ -281,7 +284,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", help="kept in the report (default: what git says)")
-    parser.add_argument("--operation", choices=("range", "decode"), help="(default: both)")
+    parser.add_argument("--operation", choices=_KINDS, help="(default: all)")
     parser.add_argument("--only", default="", help="regular expression of described cases")
     parser.add_argument("--short", action="store_true", help="leaves out the long ones")
     parser.add_argument(

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 _BOUNDED = "SeparatorAttention.separators=64"
 
 

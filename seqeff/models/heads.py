@@ -10,18 +10,35 @@ from jaxtyping import Array, Float, Int
 from seqeff.checks import ConfigError
 
 
+class Joined(NamedTuple):
+    """A layer's queries, keys and values as one product gave them, and how they are rotated.
+
+    Attributes:
+      columns: queries of all heads, then keys, then values of all KV heads, then anything.
+      rotation: cosine and sine; None: not at all.
+      interleaved: as `Positions.interleaved`.
+    """
+
+    columns: Float[Array, "batch rows columns"]
+    rotation: tuple[Float[Array, "batch rows pairs"], Float[Array, "batch rows pairs"]] | None
+    interleaved: bool
+
+
 class Heads(NamedTuple):
     """A layer's queries, keys and values, rotated by their own positions.
 
     Attributes:
       turn: rotates queries or keys by so many positions more; None where a token's place in its
         row is not what heads are rotated by.
+      joined: the same before they were taken apart and rotated, where there is such an array: for
+        caches that rotate and write at once.
     """
 
     queries: Float[Array, "batch rows heads head_dim"]
     keys: Float[Array, "batch length kv_heads head_dim"]
     values: Float[Array, "batch length kv_heads head_dim"]
     turn: Callable[[Array, Int[Array, "batch length"]], Array] | None = None
+    joined: Joined | None = None
 
     @property
     def rows(self) -> int:

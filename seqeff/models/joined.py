@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from seqeff.models.heads import Heads
+from seqeff.models.heads import Heads, Joined
 from seqeff.models.linear import DenseLayer, DenseLinear
 from seqeff.models.norms import LayerNorm, RMSNorm
 from seqeff.models.positions import Rotation
@@ -65,7 +65,11 @@ class JoinedLayer(nnx.Module):
             found[name].reshape(*x.shape[:-1], -1, config.projections.size(config.width))
             for name in ("query", "key", "value")
         )
-        attended = attend(rotated(config, queries, keys, values, rotation))
+        turns = None if rotation is None else (rotation.cosine[:, :, 0], rotation.sine[:, :, 0])
+        heads = rotated(config, queries, keys, values, rotation)
+        attended = attend(
+            heads._replace(joined=Joined(joined, turns, config.positions.interleaved))
+        )
         hidden = config.feed_forward.activate(found["up"], found.get("gate"))
         attended = attended.reshape(*x.shape[:-1], -1)
         return x + self.out(jnp.concatenate([attended, hidden], axis=-1))

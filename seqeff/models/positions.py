@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from seqeff.checks import check_types, require
 from seqeff.models import parameters, separator_tokens
 from seqeff.models.rotary_scaling import RotaryScaling
+from seqeff_kernels.rotate_and_append import rotate
 
 _STEPS = 2.0**32  # of a turn
 
@@ -90,6 +91,11 @@ class Positions(Protocol):
         """
         ...
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether the pairs that are rotated are dimensions 2j and 2j + 1, not j and j + pairs."""
+        ...
+
     def rotate(
         self, x: Float[Array, "batch rows heads head_dim"], rotation: Rotation
     ) -> Float[Array, "batch rows heads head_dim"]:
@@ -131,6 +137,10 @@ class NoPositions:
         self, positions: Int[Array, "batch rows"], head_dim: int, *, further: bool = False
     ) -> Rotation | None:
         return None
+
+    @property
+    def interleaved(self) -> bool:
+        return False
 
     def rotate(
         self, x: Float[Array, "batch rows heads head_dim"], rotation: Rotation
@@ -207,19 +217,11 @@ class Rotary(NoPositions):
     def rotate(
         self, x: Float[Array, "batch rows heads head_dim"], rotation: Rotation
     ) -> Float[Array, "batch rows heads head_dim"]:
-        cosine, sine = rotation
-        pairs = cosine.shape[-1]
-        turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
-        if self.pairs == "half":
-            first, second = turned[..., :pairs], turned[..., pairs:]
-        else:
-            first, second = turned[..., 0::2], turned[..., 1::2]
-        first, second = first * cosine - second * sine, second * cosine + first * sine
-        if self.pairs == "half":
-            turned = jnp.concatenate([first, second], axis=-1)
-        else:
-            turned = jnp.stack([first, second], axis=-1).reshape(turned.shape)
-        return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+        return rotate(x, *rotation, self.interleaved)
+
+    @property
+    def interleaved(self) -> bool:
+        return self.pairs == "interleaved"
 
 
 class Segments(NamedTuple):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from seqeff_kernels import decode_attention, range_attention
+from seqeff_kernels import decode_attention, range_attention, rotate_and_append
 from seqeff_kernels.decode_attention import mosaic as decode_mosaic
 from seqeff_kernels.decode_attention import triton as decode_triton
 from seqeff_kernels.range_attention import cudnn, mosaic, triton
+from seqeff_kernels.rotate_and_append import triton as append_triton
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "gpu_checks"
 
@@ -19,11 +20,16 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "gpu_checks"
 def cases():
     sys.path.insert(0, str(FOLDER))
     try:
+        from append_cases import APPEND_CASES
         from decode_cases import DECODE_CASES
         from range_cases import RANGE_CASES
     finally:
         sys.path.remove(str(FOLDER))
-    return {range_attention: RANGE_CASES, decode_attention: DECODE_CASES}
+    return {
+        range_attention: RANGE_CASES,
+        decode_attention: DECODE_CASES,
+        rotate_and_append: APPEND_CASES,
+    }
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,7 @@ def cases():
         (range_attention, "triton", triton),
         (decode_attention, "mosaic", decode_mosaic),
         (decode_attention, "triton", decode_triton),
+        (rotate_and_append, "triton", append_triton),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

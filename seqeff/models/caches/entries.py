@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from seqeff.models.caches.protocol import Sizes
+from seqeff.models.heads import Heads
+from seqeff_kernels import rotate_and_append
+from seqeff_kernels.range_attention import Backend
 
 
 class KeysValues(NamedTuple):
@@ -26,6 +29,24 @@ class KeysValues(NamedTuple):
         """With entries written to slots where asked to."""
         return KeysValues(*(put(x, slot, y, where) for x, y in zip(self, new, strict=True)))
 
+    def append(
+        self, slot: Array, heads: Heads, where: Array, backend: Backend
+    ) -> tuple[Array, KeysValues]:
+        """Queries, and this with the heads' entries written to slots where asked to."""
+        joined = heads.joined
+        if joined is None or not _is_kernel(backend, joined.columns, self.keys):
+            return heads.queries, self.put(slot, KeysValues(heads.keys, heads.values), where)
+        queries, *entries = rotate_and_append.rotate_and_append(
+            joined.columns,
+            *self,
+            jnp.where(where, slot, -1),
+            joined.rotation,
+            heads=heads.queries.shape[2],
+            interleaved=joined.interleaved,
+            backend="triton",
+        )
+        return queries, KeysValues(*entries)
+
     def pick(self, slot: Array) -> KeysValues:
         """The entries in slots."""
         return KeysValues(*(pick(x, slot) for x in self))
@@ -36,6 +57,13 @@ def aligned(count: int) -> int:
     return -(-max(count, 1) // 8) * 8
 
 
+def _is_kernel(backend: Backend, joined: Array, keys: Array) -> bool:
+    """Whether a kernel is to rotate and write, where attention is to be done by this backend."""
+    if backend == "auto":
+        return rotate_and_append.automatic(joined, keys) == "triton"
+    return backend == "triton" and rotate_and_append.obstacle(joined, keys, "triton") is None
+
+
 def put(
     array: Shaped[Array, "batch slots *features"],
     slot: Int[Array, "batch rows"],
@@ -43,11 +71,7 @@ def put(
     where: Bool[Array, "batch rows"],
 ) -> Shaped[Array, "batch slots *features"]:
     """Writes entries to slots, where asked to; no two of them to the same."""
-    line, capacity = jnp.arange(array.shape[0])[:, None], array.shape[1]
-    # past the end, and there each at a place of its own: they are unique, and thus quick to write
-    slot = jnp.where(where, slot, capacity + jnp.arange(slot.shape[1]))
-    new = new.astype(array.dtype)
-    return array.at[line, slot].set(new, mode="drop", unique_indices=True)
+    return rotate_and_append.put(array, jnp.where(where, slot, -1), new)
 
 
 def pick(

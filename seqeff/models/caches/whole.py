@@ -26,10 +26,10 @@ class Appended(NamedTuple):
     count: Int[Array, " batch"]
     capacity: int
 
-    def put(self, arrays: KeysValues, heads: Heads) -> KeysValues:
-        """The arrays with the new tokens."""
+    def put(self, arrays: KeysValues, heads: Heads, backend: Backend) -> tuple[Array, KeysValues]:
+        """The queries, and the arrays with the new tokens."""
         slot, real = _places(self.length, self.count, heads.rows)
-        return arrays.put(slot, KeysValues(heads.keys, heads.values), real)
+        return arrays.append(slot, heads, real, backend)
 
 
 class History(NamedTuple):
@@ -66,11 +66,11 @@ class WholeCache:
     def attend(
         self, step: Appended, arrays: KeysValues, heads: Heads, backend: Backend
     ) -> tuple[Float[Array, "batch rows heads head_dim"], KeysValues]:
-        arrays = step.put(arrays, heads)
-        all_heads = heads._replace(keys=arrays.keys, values=arrays.values)
+        queries, arrays = step.put(arrays, heads, backend)
+        all_heads = heads._replace(queries=queries, keys=arrays.keys, values=arrays.values)
         sources = self.attention.sources(step.plan, all_heads, step.length)
         sources = [dataclasses.replace(source, finite=True) for source in sources]
-        return attend(heads.queries, sources, backend), arrays
+        return attend(queries, sources, backend), arrays
 
     def settle(self, step: Appended, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
         return arrays
@@ -116,12 +116,12 @@ class TokenCache:
     def attend(
         self, step: Appended, arrays: KeysValues, heads: Heads, backend: Backend
     ) -> tuple[Float[Array, "batch rows heads head_dim"], KeysValues]:
-        arrays = step.put(arrays, heads)
+        queries, arrays = step.put(arrays, heads, backend)
         if heads.rows == 1:
             block = CacheBlock(*arrays, step.length + step.count)
-            return attend_blocks(heads.queries, [block], backend), arrays
+            return attend_blocks(queries, [block], backend), arrays
         source = TokenSource(*arrays, row_offset=step.length, finite=True)
-        return attend(heads.queries, [source], backend), arrays
+        return attend(queries, [source], backend), arrays
 
     def settle(self, step: Appended, arrays: Sequence[KeysValues]) -> Sequence[KeysValues]:
         return arrays
