@@ -14,12 +14,14 @@ class Joined(NamedTuple):
     """A layer's queries, keys and values as one product gave them, and how they are rotated.
 
     Attributes:
-      columns: queries of all heads, then keys, then values of all KV heads, then anything.
+      columns: queries of all heads, then keys, then values of all KV heads, then anything; to all
+        of which the bias is to be added.
       rotation: cosine and sine; None: not at all.
       interleaved: as `Positions.interleaved`.
     """
 
     columns: Float[Array, "batch rows columns"]
+    bias: Float[Array, " columns"]
     rotation: tuple[Float[Array, "batch rows pairs"], Float[Array, "batch rows pairs"]] | None
     interleaved: bool
 

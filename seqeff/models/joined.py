@@ -58,9 +58,11 @@ class JoinedLayer(nnx.Module):
         """See `Layer`."""
         config = self.config
         assert isinstance(config.norm, LayerNorm | RMSNorm)
-        joined = self.into(config.norm.standardise(x).astype(x.dtype))
+        product = self.into.product(config.norm.standardise(x).astype(x.dtype))
+        assert self.into.bias is not None
+        bias = self.into.bias[...].astype(x.dtype)
         ends = list(itertools.accumulate(self.parts.values()))[:-1]
-        found = dict(zip(self.parts, jnp.split(joined, ends, axis=-1), strict=True))
+        found = dict(zip(self.parts, jnp.split(product + bias, ends, axis=-1), strict=True))
         queries, keys, values = (
             found[name].reshape(*x.shape[:-1], -1, config.projections.size(config.width))
             for name in ("query", "key", "value")
@@ -68,7 +70,7 @@ class JoinedLayer(nnx.Module):
         turns = None if rotation is None else (rotation.cosine[:, :, 0], rotation.sine[:, :, 0])
         heads = rotated(config, queries, keys, values, rotation)
         attended = attend(
-            heads._replace(joined=Joined(joined, turns, config.positions.interleaved))
+            heads._replace(joined=Joined(product, bias, turns, config.positions.interleaved))
         )
         hidden = config.feed_forward.activate(found["up"], found.get("gate"))
         attended = attended.reshape(*x.shape[:-1], -1)

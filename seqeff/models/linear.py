@@ -103,7 +103,11 @@ class DenseLayer(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        return _add_bias(_multiply(x, self.kernel[...]), self.bias)
+        return _add_bias(self.product(x), self.bias)
+
+    def product(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        """The same without the bias."""
+        return _multiply(x, self.kernel[...])
 
 
 class LowRankLayer(nnx.Module):

@@ -62,7 +62,11 @@ def expected(shape, joined, keys, values, slot, rotation):
 def test_the_portable_form(name):
     shape = SHAPES[name]
     arguments = call(shape)
-    found = rotate_and_append(*arguments, heads=shape[2], interleaved=shape[6], backend="xla")
+    joined, *others = arguments
+    bias = jnp.linspace(-1, 1, joined.shape[2])
+    found = rotate_and_append(
+        joined - bias, *others, heads=shape[2], bias=bias, interleaved=shape[6], backend="xla"
+    )
     for one, other in zip(found, expected(shape, *arguments), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
@@ -100,6 +104,7 @@ def test_the_kernel_is_taken_where_it_was_checked(monkeypatch):
         ({"keys": jnp.zeros((3, 9, 2, 16), jnp.float16)}, "keys are float16"),
         ({"rotation": (jnp.zeros((3, 1, 9)),) * 2}, "rotation has 9 pairs; a head has 8"),
         ({"rotation": (jnp.zeros((3, 1, 4)), jnp.zeros((3, 1)))}, "rotation has shapes"),
+        ({"bias": jnp.zeros(4)}, r"bias has shape \(4,\) and dtype float32; give \(135,\)"),
         ({"backend": "cuda"}, "backend 'cuda' is unknown"),
     ],
 )

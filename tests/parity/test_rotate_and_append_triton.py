@@ -66,6 +66,7 @@ def test_the_kernel_equals_the_portable_form(
             jnp.asarray(slot, jnp.int32),
             rotation if pairs else None,
             heads=heads,
+            bias=jnp.linspace(-1, 1, joined.shape[2]).astype(dtype) if rows > 1 else None,
             interleaved=interleaved,
             backend=backend,
         )

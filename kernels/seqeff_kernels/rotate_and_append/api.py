@@ -23,6 +23,7 @@ def rotate_and_append(
     rotation: tuple[Float[Array, "batch rows pairs"], Float[Array, "batch rows pairs"]] | None,
     *,
     heads: int,
+    bias: Float[Array, " columns"] | None = None,
     interleaved: bool = False,
     backend: Backend = "auto",
 ) -> tuple[
@@ -44,19 +45,20 @@ def rotate_and_append(
         no two that are written may be alike in a row of the batch.
       rotation: cosine and sine, float32; None: nothing is rotated.
       heads: of the queries.
+      bias: added to every token's columns first, and rounded; of the dtype of `joined`.
       backend: `auto` takes the GPU kernel only for what it is tested on, else the portable form.
 
     Raises:
       ValueError: a shape does not fit, or the backend asked for cannot serve; says why.
     """
-    _check(joined, keys, values, slot, rotation, heads)
+    _check(joined, keys, values, slot, rotation, heads, bias)
     if backend == "auto":
         backend = automatic(joined, keys)
     found = obstacle(joined, keys, backend)
     if found:
         raise ValueError(f"backend {backend!r} cannot append to this cache: {found}")
     form = _BACKENDS[backend].rotate_and_append
-    return form(joined, keys, values, slot, rotation, heads, interleaved)
+    return form(joined, bias, keys, values, slot, rotation, heads, interleaved)
 
 
 def automatic(
@@ -100,6 +102,7 @@ def _check(
     slot: Array,
     rotation: tuple[Array, Array] | None,
     heads: int,
+    bias: Array | None,
 ) -> None:
     """Raises ValueError, naming the argument, if a shape does not fit."""
     if joined.ndim != 3 or keys.ndim != 4 or keys.shape != values.shape:
@@ -116,6 +119,11 @@ def _check(
         )
     if {str(keys.dtype), str(values.dtype)} != {str(joined.dtype)}:
         raise ValueError(f"keys are {keys.dtype} and values {values.dtype}; joined {joined.dtype}")
+    if bias is not None and (bias.shape != joined.shape[2:] or bias.dtype != joined.dtype):
+        raise ValueError(
+            f"bias has shape {bias.shape} and dtype {bias.dtype}; give {joined.shape[2:]} of "
+            f"{joined.dtype}"
+        )
     if slot.shape != joined.shape[:2]:
         raise ValueError(f"slot has shape {slot.shape}; give {joined.shape[:2]}")
     if rotation is not None:

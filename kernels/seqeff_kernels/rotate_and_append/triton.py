@@ -30,6 +30,7 @@ def obstacle(joined: Array, keys: Array) -> str | None:
 
 def rotate_and_append(
     joined: Float[Array, "batch rows columns"],
+    bias: Float[Array, " columns"] | None,
     keys: Float[Array, "batch capacity kv_heads head_dim"],
     values: Float[Array, "batch capacity kv_heads head_dim"],
     slot: Int[Array, "batch rows"],
@@ -44,11 +45,11 @@ def rotate_and_append(
     capacity, kv_heads, head_dim = keys.shape[1:]
     tokens = batch * rows
     tile = 1 if tokens <= _FEW_TOKENS else _MOST_TOKENS
-    # without a rotation they are not read
+    # what is absent is not read
     cosine, sine = (joined, joined) if rotation is None else rotation
     queries, keys, values = triton_call(
         triton_kernels.rotate_and_append,
-        [joined, cosine, sine, slot, keys, values],
+        [joined, joined if bias is None else bias, cosine, sine, slot, keys, values],
         [
             jax.ShapeDtypeStruct((batch, rows, heads, head_dim), joined.dtype),
             jax.ShapeDtypeStruct(keys.shape, keys.dtype),
@@ -57,7 +58,7 @@ def rotate_and_append(
         grid=(max(heads, kv_heads), -(-tokens // tile), 1),
         num_warps=1 if tile == 1 else 4,
         num_stages=1,
-        aliases={4: 1, 5: 2},
+        aliases={5: 1, 6: 2},
         TOKENS=tokens,
         ROWS=rows,
         COLUMNS=columns,
@@ -68,6 +69,7 @@ def rotate_and_append(
         PADDED_DIM=power_of_two(head_dim),
         PAIRS=0 if rotation is None else cosine.shape[2],
         INTERLEAVED=interleaved,
+        HAS_BIAS=bias is not None,
         TILE=tile,
     )
     return queries, keys, values

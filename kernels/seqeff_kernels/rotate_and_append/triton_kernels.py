@@ -7,6 +7,7 @@ import triton.language as tl
 @triton.jit
 def rotate_and_append(
     joined,
+    bias,
     cosine,
     sine,
     slots,
@@ -25,6 +26,7 @@ def rotate_and_append(
     PADDED_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """A query head and a KV head of TILE tokens; grid (heads, tiles of tokens).
@@ -37,8 +39,9 @@ def rotate_and_append(
     inside = (token < TOKENS)[:, None] & (column < HEAD_DIM)[None, :]
     row = joined + token[:, None] * COLUMNS
     if head < HEADS:
+        first = head * HEAD_DIM
         turned = _rotated(
-            row + head * HEAD_DIM, cosine, sine, token, column, inside, PAIRS, INTERLEAVED
+            row, bias, first, cosine, sine, token, column, inside, PAIRS, INTERLEAVED, HAS_BIAS
         )
         place = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
         tl.store(queries + place, turned, inside)
@@ -47,18 +50,31 @@ def rotate_and_append(
         written = inside & ((slot >= 0) & (slot < CAPACITY))[:, None]
         entry = (token // ROWS * CAPACITY + slot) * KV_HEADS + head
         place = entry[:, None] * HEAD_DIM + column[None, :]
-        key = row + (HEADS + head) * HEAD_DIM
-        turned = _rotated(key, cosine, sine, token, column, inside, PAIRS, INTERLEAVED)
+        first = (HEADS + head) * HEAD_DIM
+        turned = _rotated(
+            row, bias, first, cosine, sine, token, column, inside, PAIRS, INTERLEAVED, HAS_BIAS
+        )
         tl.store(keys + place, turned, written)
-        value = tl.load(row + (HEADS + KV_HEADS + head) * HEAD_DIM + column[None, :], inside)
-        tl.store(values + place, value, written)
+        first += KV_HEADS * HEAD_DIM
+        tl.store(values + place, _columns(row, bias, first + column, inside, HAS_BIAS), written)
 
 
 @triton.jit
 def _rotated(
-    row, cosine, sine, token, column, inside, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+    row,
+    bias,
+    first,
+    cosine,
+    sine,
+    token,
+    column,
+    inside,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    own = tl.load(row + column[None, :], inside, other=0.0)
+    """The vectors that begin at column `first`."""
+    own = _columns(row, bias, first + column, inside, HAS_BIAS)
     if PAIRS == 0:
         return own
     if INTERLEAVED:
@@ -70,9 +86,18 @@ def _rotated(
         is_first = column < PAIRS
         partner = tl.where(is_first, column + PAIRS, column - PAIRS)
     turns = inside & (column < 2 * PAIRS)[None, :]
-    other = tl.load(row + partner[None, :], turns, other=0.0).to(tl.float32)
+    other = _columns(row, bias, first + partner, turns, HAS_BIAS).to(tl.float32)
     angle = token[:, None] * PAIRS + pair[None, :]
     across = tl.load(sine + angle, turns, other=0.0)
     across = tl.where(is_first[None, :], -across, across)
     turned = own.to(tl.float32) * tl.load(cosine + angle, turns, other=1.0) + other * across
     return tl.where(turns, turned.to(own.dtype), own)
+
+
+@triton.jit
+def _columns(row, bias, column, inside, HAS_BIAS: tl.constexpr):
+    found = tl.load(row + column[None, :], inside, other=0.0)
+    if HAS_BIAS:
+        added = tl.load(bias + column[None, :], inside, other=0.0)
+        found = (found.to(tl.float32) + added.to(tl.float32)).to(found.dtype)
+    return found

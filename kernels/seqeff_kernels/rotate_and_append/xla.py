@@ -14,6 +14,7 @@ def obstacle(joined: Array, keys: Array) -> str | None:
 
 def rotate_and_append(
     joined: Float[Array, "batch rows columns"],
+    bias: Float[Array, " columns"] | None,
     keys: Float[Array, "batch capacity kv_heads head_dim"],
     values: Float[Array, "batch capacity kv_heads head_dim"],
     slot: Int[Array, "batch rows"],
@@ -22,6 +23,8 @@ def rotate_and_append(
     interleaved: bool,
 ) -> tuple[Array, Array, Array]:
     """See `api.rotate_and_append`."""
+    if bias is not None:
+        joined = joined + bias
     kv_heads, head_dim = keys.shape[2:]
     ends = [heads * head_dim, (heads + kv_heads) * head_dim, (heads + 2 * kv_heads) * head_dim]
     new = jnp.split(joined[..., : ends[-1]], ends[:-1], axis=-1)

@@ -42,6 +42,7 @@ class KeysValues(NamedTuple):
             jnp.where(where, slot, -1),
             joined.rotation,
             heads=heads.queries.shape[2],
+            bias=joined.bias,
             interleaved=joined.interleaved,
             backend="triton",
         )
