@@ -255,7 +255,7 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     slots = options.slots or SLOTS
     with jax.set_mesh(program.mesh):
         command.run(
-            ModelReader.fitting(program.model, parameters, tokenizer, groups, slots),
+            ModelReader(program.model, parameters, tokenizer, groups, slots),
             cells,
             lambda results: write_report(options.json, "retrieval", results, known),
             options.plot,

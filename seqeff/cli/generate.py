@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from seqeff.models import TransformerConfig
 
 
-# what the tokens of a cache are a multiple of
-_ROUNDED = 256
-
-
 def add(commands: Commands) -> None:
     """The command and its arguments."""
     text = "Continue prompts with a run's model."
@@ -65,7 +61,7 @@ def add(commands: Commands) -> None:
 def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
-    from seqeff.inference import Engine, check_room, generation_context, most_kept_by
+    from seqeff.inference import Engine, check_room, generation_context
 
     for name in ("slots", "output", "log_probabilities"):
         if getattr(options, name) and options.prompts is None:
@@ -81,12 +77,12 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_room(request, context)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
     _tell_room(model, named, context, length)
-    engine = Engine(
+    engine = Engine.for_requests(
         program.model,
         tokenizer,
-        slots=min(options.slots or SLOTS, len(named)),
-        context=None if context is None else _room(named, context),
-        kept=most_kept_by(program.model, (request for _, request in named)),
+        (request for _, request in named),
+        slots=options.slots or SLOTS,
+        context=context,
     )
     with jax.set_mesh(program.mesh):
         pieces = engine.stream(engine.prepare(parameters), (request for _, request in named))
@@ -124,12 +120,6 @@ def _text_requests(options: argparse.Namespace) -> Callable[[Tokenizer], list[Na
     if options.prompt_file is not None:
         text = decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
     return lambda tokenizer: [Named(1, to_request(tokenizer, text, defaults))]
-
-
-def _room(named: Sequence[Named], context: int) -> int:
-    """As much of a context as the prompts need; one of few numbers, as each compiles."""
-    most = max(len(request.prompt) + request.tokens for _, request in named)
-    return min(context, -(-most // _ROUNDED) * _ROUNDED)
 
 
 def _tell_room(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.evaluation.harness.likelihood import Likelihoods, Pair, Score
-from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
+from seqeff.inference import Engine, Request, Sampling
 from seqeff.models import TransformerConfig
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -129,13 +129,8 @@ class HarnessModel(TemplateLM):
         # the longest first, so that the last to end are short
         order = sorted(range(len(made)), key=lambda n: (-len(made[n].prompt), n))
         ordered = [made[number] for number in order]
-        most = max(len(request.prompt) + request.tokens for request in made)
-        engine = Engine(
-            self._config,
-            self._tokens,
-            slots=min(self._slots, len(made)),
-            context=generation_context(self._config, most),
-            kept=most_kept_by(self._config, made),
+        engine = Engine.for_requests(
+            self._config, self._tokens, made, slots=self._slots, context=self._context
         )
         tokens: list[list[int]] = [[] for _ in made]
         with _bar("generated", len(made)) as bar:
