@@ -285,8 +285,9 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         options.harness, include=options.include_path, shots=options.shots, seed=options.seed
     )
     # needs the package that loads them
-    from seqeff.evaluation.harness._model import HarnessModel
+    from seqeff.evaluation.harness._model import HarnessModel, check_generation
 
+    check_generation(loaded.tasks["tasks"], tokenizer, context)
     if told := comparison.warning(model, context, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)

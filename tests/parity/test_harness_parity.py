@@ -1,11 +1,14 @@
 """Tasks of lm-evaluation-harness: the same scores as by its own backend for transformers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tokenizers
 from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
-from hugging_face import END_OF_TEXT, LENGTH, write_tokenizer
+from hugging_face import END_OF_TEXT, LENGTH, make_run, write_tokenizer
 from tiny_run import seqeff
+from variants import MASKED
 
 from seqeff.evaluation.harness import command
 
@@ -23,10 +26,10 @@ def tasks(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("harness") / "tasks")
 
 
-def theirs(folder):
+def theirs(folder, **settings):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3)
+    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3, **settings)
 
 
 def evaluated(model, tasks, names=TASKS, shots=None):
@@ -77,6 +80,26 @@ def test_a_run_that_was_trained_here(finished, tasks, torch, tmp_path, capfd):
     shots = evaluated(harness_model(finished), tasks, ["local_choice"], shots=1)
     equal(shots, evaluated(hf, tasks, ["local_choice"], shots=1))
     assert responses(shots, "local_choice") != responses(found, "local_choice")
+
+
+@pytest.mark.parametrize("case", ["gpt-neox, bounded, full layers", "llama, all kinds"])
+def test_separators_through_the_modelling_file(case, tasks, torch, tmp_path, monkeypatch):
+    copies = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", copies)
+    # transformers draws ids without text too, as only random models do
+    run = make_run(tmp_path / "run", dataclasses.replace(MASKED[case][1], vocabulary_size=_TOKENS))
+    result = seqeff("export", run.path, "--to", "hf")
+    assert result.status == 0, result.errors
+    found = evaluated(harness_model(run.path), tasks)
+    equal(found, evaluated(theirs(run.path / "hf", trust_remote_code=True), tasks))
+    # the mask matters
+    dense = ["--gin.TransformerConfig.attention=@DenseAttention()"]
+    dense += ["--gin.TransformerConfig.layer_attention={}"]
+    result = seqeff("export", run.path, "--to", "hf", "--output", tmp_path / "dense", *dense)
+    assert result.status == 0, result.errors
+    other = evaluated(theirs(tmp_path / "dense"), tasks, ["local_word"])
+    chances = [[x[0] for x in responses(one, "local_word")] for one in (found, other)]
+    assert not np.allclose(*chances, atol=1e-2, rtol=0)
 
 
 def test_a_tokenizer_that_begins_texts(tasks, torch, tmp_path):

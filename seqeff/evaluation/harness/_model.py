@@ -30,7 +30,66 @@ from seqeff.models import TransformerConfig
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # settings of generation that change nothing at these values
-_NEUTRAL = {"num_beams": 1}
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "early_stopping": False,
+    "no_repeat_ngram_size": 0,
+    "use_cache": True,
+}
+# tokens to generate where a task does not say; as in the `hf` backend
+_TOKENS = 256
+
+
+def check_generation(tasks: Mapping[str, Any], tokenizer: Tokenizer, context: int) -> None:
+    """Refuses, before any work, tasks that ask the engine for what it does not have.
+
+    Raises:
+      UserError: names the task and the setting.
+    """
+    for name, task in tasks.items():
+        settings = task.get_config("generation_kwargs")
+        if settings and task.OUTPUT_TYPE == "generate_until":
+            try:
+                _request([tokenizer.begin_of_text], settings, tokenizer, context=context, seed=0)
+            except UserError as error:
+                raise UserError(f"--harness {name}: {error}") from error
+
+
+def _request(
+    prompt: Sequence[int],
+    settings: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    seed: int,
+) -> Request:
+    """What a request for generation asks the engine for.
+
+    Raises:
+      UserError: it asks for what the engine does not have, or leaves no room for a prompt.
+    """
+    try:
+        given = normalize_gen_kwargs(dict(settings), _TOKENS)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a task asks to generate with {dict(settings)}: {error}") from error
+    stops = handle_stop_sequences(given.pop("until"), eos=tokenizer.end_of_text_name)
+    tokens = given.pop("max_gen_toks")
+    # a temperature is left above 0 only where a task says `do_sample`, or says neither
+    given.pop("do_sample")
+    sampling: dict[str, Any] = {"temperature": 0.0, "top_k": None, "seed": seed}
+    sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
+    # as transformers writes that all may be drawn
+    sampling["top_k"] = sampling["top_k"] or None
+    for name, value in given.items():
+        if value is not None and (name not in _NEUTRAL or _NEUTRAL[name] != value):
+            raise UserError(f"a task asks to generate with {name} = {value}, which is not here")
+    if tokens >= context:
+        raise UserError(
+            f"a task generates up to {tokens} tokens, which leaves no room for a prompt in the "
+            f"context of {context}; --context gives more"
+        )
+    return Request(prompt=prompt, tokens=tokens, sampling=Sampling(**sampling), stops=stops)
 
 
 class HarnessModel(TemplateLM):
@@ -78,8 +137,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say; as in the `hf` backend."""
-        return 256
+        return _TOKENS
 
     @property
     def tokenizer_name(self) -> str:
@@ -121,7 +179,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         if not requests:
             return []
-        whole = [self._request(number, *x.args) for number, x in enumerate(requests)]
+        whole = [self._numbered(number, *x.args) for number, x in enumerate(requests)]
         self._tell_cut(len(x.prompt) + x.tokens > self._context for x in whole)
         made = [
             dataclasses.replace(x, prompt=x.prompt[-(self._context - x.tokens) :]) for x in whole
@@ -153,37 +211,10 @@ class HarnessModel(TemplateLM):
         with _bar("scored", len(pairs)) as bar:
             return self._likelihoods.scores(pairs, bar.update)
 
-    def _request(self, number: int, prompt: str, settings: Mapping[str, Any]) -> Request:
-        """What a request for generation asks the engine for.
-
-        Raises:
-          UserError: it asks for what the engine does not have, or leaves no room for a prompt.
-        """
-        given = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
-        stops = handle_stop_sequences(given.pop("until"), eos=self._tokens.end_of_text_name)
-        tokens = given.pop("max_gen_toks")
-        # a temperature is left above 0 only where a task says `do_sample`, or says neither
-        given.pop("do_sample")
-        sampling: dict[str, Any] = {
-            "temperature": 0.0,
-            "top_k": None,
-            "seed": (self._seed + number) % 2**32,
-        }
-        sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
-        for name, value in given.items():
-            if _NEUTRAL.get(name) != value:
-                raise UserError(f"a task asks to generate with {name} = {value}, which is not here")
-        if tokens >= self._context:
-            raise UserError(
-                f"a task generates up to {tokens} tokens, which leaves no room for a prompt in the "
-                f"context of {self._context}; --context gives more"
-            )
-        return Request(
-            prompt=self.tok_encode(prompt) or [self.prefix_token_id],
-            tokens=tokens,
-            sampling=Sampling(**sampling),
-            stops=stops,
-        )
+    def _numbered(self, number: int, prompt: str, settings: Mapping[str, Any]) -> Request:
+        ids = self.tok_encode(prompt) or [self.prefix_token_id]
+        seed = (self._seed + number) % 2**32
+        return _request(ids, settings, self._tokens, context=self._context, seed=seed)
 
     def _tell_cut(self, cut: Iterable[bool]) -> None:
         if count := sum(cut):
