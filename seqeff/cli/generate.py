@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
 def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
-    from seqeff.inference import Engine, check_room, generation_context
+    from seqeff.inference import Engine, check_room, failures, generation_context
 
     for name in ("slots", "output", "log_probabilities"):
         if getattr(options, name) and options.prompts is None:
@@ -99,6 +99,9 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         f"mean; a layer held {use.resident:,} at most",
         file=sys.stderr,
     )
+    if told := failures(engine.ended):
+        print(f"seqeff: {told}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from seqeff.checks import require
 from seqeff.data import Vocabulary
 from seqeff.inference import slots as device
-from seqeff.inference.requests import Occupant, Piece, Request, check_room
+from seqeff.inference.requests import Occupant, Piece, Reason, Request, check_room
 from seqeff.inference.sampling import WAYS, Sampling, Settings
 from seqeff.models import TransformerConfig, cached_parameters, most_kept
 from seqeff.models.caches import kind_of
@@ -65,6 +65,7 @@ class Engine:
 
     Attributes:
       use: of the caches, by the latest stream.
+      ended: its requests that have, by the reason; see `failures`.
       rows: of the caches; those past the slots stay empty.
       prepare: from the parameters of the `Transformer` to those of a stream.
       empty, read, decode: the programs of `slots.py`.
@@ -100,6 +101,7 @@ class Engine:
             "prompt and its continuation may have together",
         )
         self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
+        self.ended: collections.Counter[Reason] = collections.Counter()
         self.rows = max(slots, _LEAST_ROWS.get(jax.default_backend(), 1))
         self.tokenizer, self.chunks = tokenizer, chunks
         end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
@@ -164,6 +166,7 @@ class Engine:
           UserError: see `check_room`.
         """
         self.use, context, start = CacheUse(), self.context, None
+        self.ended.clear()
         if len(prefix):
             # what would be drawn after it is no part of the prompts
             request = Request(prompt=prefix, tokens=1)
@@ -278,6 +281,8 @@ class _Run:
                 drawn = (x[:, row][real].tolist() for x in (steps.token, steps.log_probability))
                 piece = occupant.take(zip(*drawn, strict=True))
                 if piece is not None:
+                    if piece.reason is not None:
+                        self._engine.ended[piece.reason] += 1
                     yield piece
 
     def _admit(self) -> None:

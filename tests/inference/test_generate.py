@@ -4,8 +4,12 @@ import io
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny_run import refused, seqeff
+
+from seqeff.cli import runs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -193,6 +197,25 @@ def test_files_that_cannot_be(finished, tmp_path):
     for option in (["--slots", 2], ["--output", file], ["--log-probabilities"]):
         line = refused("generate", finished, "--prompt", "a", *option)
         assert f"{option[0]} is for --prompts" in line
+
+
+def test_a_model_whose_output_is_not_finite(finished, tmp_path, monkeypatch):
+    def restore(*arguments):
+        program, parameters = runs.restore(*arguments)
+        return program, jax.tree.map(lambda x: x * jnp.nan, parameters)
+
+    monkeypatch.setattr("seqeff.cli.generate.restore", restore)
+    done = seqeff("generate", finished, "--prompt", "the cat", "--tokens", 5)
+    assert (done.status, done.output) == (1, "the cat\n")
+    assert done.errors.splitlines()[-1].startswith(
+        "seqeff: 1 of 1 continuations end early, as the model's output is not finite there"
+    )
+    file = write_lines(tmp_path / "prompts.jsonl", LINES[:2])
+    done = seqeff("generate", finished, "--prompts", file)
+    assert done.status == 1
+    for line in done.output.splitlines():
+        result = json.loads(line)
+        assert (result["text"], result["tokens"], result["reason"]) == ("", 0, "not finite")
 
 
 def test_prompts_that_are_cut_are_told(finished, tmp_path):

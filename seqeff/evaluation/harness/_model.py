@@ -25,7 +25,7 @@ from tqdm import tqdm
 from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.evaluation.harness.likelihood import Likelihoods, Pair, Score
-from seqeff.inference import Engine, Request, Sampling
+from seqeff.inference import Engine, Request, Sampling, failures
 from seqeff.models import TransformerConfig
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -195,6 +195,8 @@ class HarnessModel(TemplateLM):
             for piece in engine.stream(engine.prepare(self._parameters), ordered):
                 tokens[order[piece.request]] += piece.tokens
                 bar.update(piece.reason is not None)
+        if told := failures(engine.ended):
+            print(f"seqeff: {told}", file=sys.stderr)
         return [
             postprocess_generated_text(self._tokens.decode(ids), list(request.stops), None)
             for ids, request in zip(tokens, made, strict=True)

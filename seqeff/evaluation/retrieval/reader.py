@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.evaluation.retrieval.example import Example, Question, Row
-from seqeff.inference import CacheUse, Engine, Request, Sampling
+from seqeff.inference import CacheUse, Engine, Request, Sampling, failures
 from seqeff.models import TransformerConfig
 from seqeff.models.flops import abstract_model, entries_of_tokens
 
@@ -42,7 +43,7 @@ class Reader(Protocol):
 
 
 class ModelReader:
-    """A model that answers greedily.
+    """A model that answers greedily; a `UserError` where its output is not finite.
 
     Contexts with one question go through the engine, many at a time. A context with several is
     read once, by itself, and its questions begin with copies of its cache: so each costs its own
@@ -93,6 +94,8 @@ class ModelReader:
         texts: dict[int, str] = collections.defaultdict(str)
         for piece in self._engine.stream(self._prepared, requests, prefix):
             texts[piece.request] += piece.text
+        if told := failures(self._engine.ended):
+            raise UserError(told)
         use = self._engine.use
         self.use.add(use.tokens, use.read, use.resident)
         return [texts[number] for number in sorted(texts)]
