@@ -253,10 +253,15 @@ def _named_beside(file: Path) -> str | None:
         return None
     try:
         settings = json.loads(decode_utf8(read_bytes(beside), str(beside)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{beside} is not valid JSON: {error}") from error
-    name = settings.get("eos_token") if isinstance(settings, dict) else None
-    return name.get("content") if isinstance(name, dict) else name
+    if not isinstance(settings, dict):
+        raise UserError(f"{beside} holds no JSON object; repair it, or take it away")
+    name = settings.get("eos_token")
+    name = name.get("content") if isinstance(name, dict) else name
+    if not (name is None or isinstance(name, str)):
+        raise UserError(f"{beside}: eos_token = {name!r} is no text; give that of the token")
+    return name
 
 
 def _usual_name(inner: tokenizers.Tokenizer, file: Path) -> str:
