@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seqeff.checks import UserError
-from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, output_file, positive
+from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, add_output_file, positive
 from seqeff.cli.runs import open_run, restore
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add(commands: Commands) -> None:
     text = "with --prompts: prompts at a time (default: 16)"
     generate.add_argument("--slots", type=positive, help=text)
     text = "with --prompts: where results go, a JSON object a line (default: the standard output)"
-    generate.add_argument("--output", type=output_file, metavar="FILE.jsonl", help=text)
+    add_output_file(generate, "--output", text, "FILE.jsonl")
     text = "with --prompts: the tokens' ids and log-probabilities too"
     generate.add_argument("--log-probabilities", action="store_true", help=text)
     add_checkpoint(generate)
@@ -66,6 +66,8 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name in ("slots", "output", "log_probabilities"):
         if getattr(options, name) and options.prompts is None:
             raise UserError(f"--{name.replace('_', '-')} is for --prompts FILE.jsonl; give both")
+    if options.output is not None and options.output.resolve() == Path(options.prompts).resolve():
+        raise UserError(f"--output {options.output} would replace the prompts; give another file")
     requests = _text_requests(options)
     run, config, tokenizer = open_run(options, overrides)
     named = requests(tokenizer)

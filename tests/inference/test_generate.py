@@ -218,6 +218,21 @@ def test_a_model_whose_output_is_not_finite(finished, tmp_path, monkeypatch):
         assert (result["text"], result["tokens"], result["reason"]) == ("", 0, "not finite")
 
 
+def test_a_file_of_results_is_replaced_whole_and_only_by_results(finished, tmp_path):
+    file, output = write_lines(tmp_path / "prompts.jsonl", LINES[:1]), tmp_path / "results.jsonl"
+    output.write_text("earlier\n" * 9)
+    command = ["generate", finished, "--tokens", 3, "--prompts", file]
+    assert "leaves room" in refused(*command, "--context", 2, "--output", output)
+    assert output.read_text() == "earlier\n" * 9
+    assert seqeff(*command, "--output", output).status == 0
+    (line,) = output.read_text().splitlines()
+    assert json.loads(line)["id"] == 1
+    before = file.read_text()
+    same = tmp_path / "." / "prompts.jsonl"
+    assert "would replace the prompts; give another file" in refused(*command, "--output", same)
+    assert file.read_text() == before
+
+
 def test_prompts_that_are_cut_are_told(finished, tmp_path):
     file = write_lines(tmp_path / "prompts.jsonl", LINES[:3])
     done = seqeff("generate", finished, "--prompts", file, "--tokens", 40)
