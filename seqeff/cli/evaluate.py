@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from seqeff.models import TransformerConfig
 
 _METHODS = ("dense", "streamingllm", "own")
+_HARNESS = ("include_path", "limit", "shots", "context", "seed", "slots", "apply_chat_template")
 # what is evaluated in place of held-out rows: how that is asked for, and what options it takes
 _KINDS = {
     "streaming": ("BOOK", ("positions", "plot", "method", "carry", "per_book", "chunk", "state")),
     "retrieval": ("TASK", ("lengths", "depths", "examples", "seed", "filler", "slots", "plot")),
-    "harness": ("TASK", ("include_path", "limit", "shots", "context", "seed", "slots")),
+    "harness": ("TASK", _HARNESS),
 }
 _HELD_OUT = ("batches", "positions", "plot")
 
@@ -86,6 +87,11 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--limit", type=positive, metavar="DOCUMENTS", help=text)
     text = "with --harness: examples before each question (default: as the task says)"
     evaluate.add_argument("--shots", type=int, metavar="EXAMPLES", help=text)
+    text = (
+        "with --harness: questions are what a user says, and examples an earlier chat, as the "
+        "tokenizer's chat template writes them"
+    )
+    evaluate.add_argument("--apply-chat-template", action="store_true", help=text)
     text = "with --harness: of prompt and answer (default: the positions there are, else the row)"
     evaluate.add_argument("--context", type=positive, metavar="TOKENS", help=text)
     add_output_file(evaluate, "--json", "write the results to this file")
@@ -274,6 +280,7 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
+    from seqeff.data import ChatTemplate
     from seqeff.evaluation import comparison
     from seqeff.evaluation.harness import command
 
@@ -288,6 +295,7 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = options.context or model.positions.limit or length
     model.require_positions(context)
+    chat = ChatTemplate.load(run.tokenizer) if options.apply_chat_template else None
     loaded = command.load_tasks(
         options.harness, include=options.include_path, shots=options.shots, seed=options.seed
     )
@@ -307,14 +315,17 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 context=context,
                 slots=options.slots or SLOTS,
                 seed=seed,
+                chat=chat,
             ),
             loaded.tasks,
             options.limit,
+            chat=chat is not None,
         )
     print(command.table(found))
     known = facts(options, run, opened, tokenizer, **loaded.seeds, sampling=seed) | {
         "limit": options.limit,
         "context": context,
+        "chat_template": None if chat is None else chat.sha256,
     }
     write_report(options.json, "harness", command.rows(found), known)
     return 0

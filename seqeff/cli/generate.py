@@ -15,7 +15,7 @@ from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, add_output_file, 
 from seqeff.cli.runs import open_run, restore
 
 if TYPE_CHECKING:
-    from seqeff.data import Tokenizer
+    from seqeff.data import ChatTemplate, Tokenizer
     from seqeff.inference import Named, Piece
     from seqeff.models import TransformerConfig
 
@@ -55,12 +55,15 @@ def add(commands: Commands) -> None:
     add_output_file(generate, "--output", text, "FILE.jsonl")
     text = "with --prompts: the tokens' ids and log-probabilities too"
     generate.add_argument("--log-probabilities", action="store_true", help=text)
+    text = "prompts are what a user says, as the tokenizer's chat template writes it"
+    generate.add_argument("--apply-chat-template", action="store_true", help=text)
     add_checkpoint(generate)
 
 
 def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
+    from seqeff.data import ChatTemplate
     from seqeff.inference import Engine, check_room, failures, generation_context
 
     for name in ("slots", "output", "log_probabilities"):
@@ -70,7 +73,8 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"--output {options.output} would replace the prompts; give another file")
     requests = _text_requests(options)
     run, config, tokenizer = open_run(options, overrides)
-    named = requests(tokenizer)
+    chat = ChatTemplate.load(run.tokenizer) if options.apply_chat_template else None
+    named = requests(tokenizer, chat)
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = generation_context(model, options.context or length)
     if context is None and options.context:
@@ -89,7 +93,8 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     with jax.set_mesh(program.mesh):
         pieces = engine.stream(engine.prepare(parameters), (request for _, request in named))
         if options.prompts is None:
-            print(options.prompt or "", end="", flush=True)
+            # an answer is no continuation of the question's text
+            print("" if chat else options.prompt or "", end="", flush=True)
             for piece in pieces:
                 print(piece.text, end="", flush=True)
             print(flush=True)
@@ -107,7 +112,9 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _text_requests(options: argparse.Namespace) -> Callable[[Tokenizer], list[Named]]:
+def _text_requests(
+    options: argparse.Namespace,
+) -> Callable[[Tokenizer, ChatTemplate | None], list[Named]]:
     """What makes the requests once there is a tokenizer; settings are checked before."""
     from seqeff.data.files import decode_utf8, read_bytes
     from seqeff.inference import Named, Request, Sampling, read_requests, to_request
@@ -120,11 +127,11 @@ def _text_requests(options: argparse.Namespace) -> Callable[[Tokenizer], list[Na
         stops=tuple(options.stop),
     )
     if options.prompts is not None:
-        return lambda tokenizer: read_requests(options.prompts, tokenizer, defaults)
+        return lambda tokenizer, chat: read_requests(options.prompts, tokenizer, defaults, chat)
     text = options.prompt
     if options.prompt_file is not None:
         text = decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
-    return lambda tokenizer: [Named(1, to_request(tokenizer, text, defaults))]
+    return lambda tokenizer, chat: [Named(1, to_request(tokenizer, text, defaults, chat))]
 
 
 def _tell_room(

@@ -96,6 +96,10 @@ class Tokenizer:
         """Token ids of a text."""
         return self.encode_batch([text])[0]
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are spelt, as a chat template writes it."""
+        return self._marked.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, computed on all cores.
 
@@ -171,6 +175,10 @@ class Tokenizer:
         tokenizer = cls(inner, end_of_text or _named_beside(file) or _usual_name(inner, file))
         tokenizer.byte_lengths()
         return tokenizer
+
+    @functools.cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._inner.to_str())
 
     @functools.cached_property
     def _token_bytes(self) -> tuple[bytes, ...]:

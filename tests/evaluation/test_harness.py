@@ -5,11 +5,12 @@ import sys
 import types
 
 import pytest
+from chat_templates import STRICT
 from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
 from tiny_run import refused, seqeff
 
 from seqeff.checks import UserError
-from seqeff.data import Tokenizer
+from seqeff.data import ChatTemplate, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "local_tasks")
 
@@ -183,6 +184,31 @@ def test_generation_that_is_not_here_is_refused_before_any_work(
     line = refused("eval", finished, "--harness", tasks / "local_text.yaml", file)
     assert line.startswith("--harness own: ")
     assert expected in line
+
+
+def test_a_chat_template(copied, tasks, tmp_path, monkeypatch):
+    command = ["eval", copied, "--harness", "local_choice", "local_answer", "--include-path", tasks]
+    command += ["--shots", 1, "--seed", 7, "--limit", 3, "--json"]
+    assert seqeff(*command, tmp_path / "plain.json").status == 0
+    line = refused(*command, tmp_path / "chat.json", "--apply-chat-template")
+    assert line.startswith(f"{copied / 'tokenizer'} has no chat template, neither chat_template.j")
+    (copied / "tokenizer/chat_template.jinja").write_text(STRICT)
+    done = seqeff(*command, tmp_path / "chat.json", "--apply-chat-template")
+    assert done.status == 0, done.errors
+    plain, chat = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("plain", "chat"))
+    assert plain["chat_template"] is None and len(chat["chat_template"]) == 64
+    for one, other in zip(plain["results"], chat["results"], strict=True):
+        assert one["sha256"] != other["sha256"]
+    model = harness_model(copied, ChatTemplate.load(copied / "tokenizer"))
+    asked = [{"role": "user", "content": "the cat"}]
+    told = [{"role": "system", "content": "a"}, *asked]
+    # a template that takes no system's message goes without
+    assert model.apply_chat_template(told) == model.apply_chat_template(asked)
+    with pytest.raises(UserError, match="does not take messages of user, user: roles must take"):
+        model.apply_chat_template(asked * 2)
+    assert "--apply-chat-template is for --harness TASK" in refused(
+        "eval", copied, "--apply-chat-template"
+    )
 
 
 def test_a_task_that_fails(finished, tasks):

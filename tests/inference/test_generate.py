@@ -218,6 +218,26 @@ def test_a_model_whose_output_is_not_finite(finished, tmp_path, monkeypatch):
         assert (result["text"], result["tokens"], result["reason"]) == ("", 0, "not finite")
 
 
+def test_a_chat_template(copied, tmp_path):
+    pytest.importorskip("jinja2", reason="comes with the harness extra")
+    command = ["generate", copied, "--temperature", 0, "--tokens", 4]
+    asked = [*command, "--prompt", " the cat", "--apply-chat-template"]
+    assert "has no chat template" in refused(*asked)
+    template = "{{ bos_token }}{{ eos_token }}{{ messages[0].content | trim }}"
+    (copied / "tokenizer/chat_template.jinja").write_text(template)
+    done = seqeff(*asked)
+    assert done.status == 0, done.errors
+    # the template's tokens, which are here those of a plain prompt
+    plain = seqeff(*command, "--prompt", "the cat").output
+    assert done.output == plain.removeprefix("the cat") != "\n"
+    file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": " the cat"}])
+    lines = seqeff(*command, "--prompts", file, "--apply-chat-template").output
+    assert json.loads(lines)["text"] == done.output.removesuffix("\n")
+    (copied / "tokenizer/chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    line = refused(*command, "--prompts", file, "--apply-chat-template")
+    assert line == f"{file}, line 1: the chat template does not take messages of user: never"
+
+
 def test_a_file_of_results_is_replaced_whole_and_only_by_results(finished, tmp_path):
     file, output = write_lines(tmp_path / "prompts.jsonl", LINES[:1]), tmp_path / "results.jsonl"
     output.write_text("earlier\n" * 9)

@@ -1,16 +1,20 @@
 """Tasks of lm-evaluation-harness: the same scores as by its own backend for transformers."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import tokenizers
+from chat_templates import STRICT
 from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
 from hugging_face import END_OF_TEXT, LENGTH, make_run, write_tokenizer
 from tiny_run import seqeff
 from variants import MASKED
 
+from seqeff.data import ChatTemplate
 from seqeff.evaluation.harness import command
+from seqeff.runs import RunDirectory
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation", "local_tasks")]
 _TOKENS = 263
@@ -32,9 +36,9 @@ def theirs(folder, **settings):
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3, **settings)
 
 
-def evaluated(model, tasks, names=TASKS, shots=None):
+def evaluated(model, tasks, names=TASKS, shots=None, chat=False):
     loaded = command.load_tasks(names, include=tasks, shots=shots, seed=3)
-    return command.evaluate(model, loaded.tasks, limit=None)
+    return command.evaluate(model, loaded.tasks, limit=None, chat=chat)
 
 
 def equal(found, expected):
@@ -131,12 +135,25 @@ def test_a_tokenizer_that_begins_texts(tasks, torch, tmp_path):
         special_tokens=[(END_OF_TEXT, inner.token_to_id(END_OF_TEXT))],
     )
     inner.save(file)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {**settings, "chat_template": STRICT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     run = tmp_path / "run"
     result = seqeff("import", folder, run)
     assert result.status == 0, result.errors
     assert harness_model(run).tok_encode("a")[0] == harness_model(run).prefix_token_id
-    found = evaluated(harness_model(run), tasks)
-    equal(found, evaluated(theirs(folder), tasks))
+    found, hf = evaluated(harness_model(run), tasks), theirs(folder)
+    equal(found, evaluated(hf, tasks))
     # stop strings have ended some of them
     written = responses(found, "local_answer")
     assert len(set(map(len, written))) > 2, written
+
+    # the template begins texts itself, and its end of text is one token
+    chat = ChatTemplate.load(RunDirectory(run).tokenizer)
+    model, answering = harness_model(run, chat), ("local_choice", "local_answer")
+    begin = model.prefix_token_id
+    told = model.apply_chat_template([{"role": "user", "content": "a"}])
+    assert model.tok_encode(told).count(begin) == 1
+    talked = evaluated(model, tasks, answering, shots=1, chat=True)
+    equal(talked, evaluated(hf, tasks, answering, shots=1, chat=True))
+    assert responses(talked, "local_choice") != responses(found, "local_choice")

@@ -23,7 +23,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from seqeff.checks import UserError
-from seqeff.data import Tokenizer
+from seqeff.data import ChatTemplate, Tokenizer
 from seqeff.evaluation.harness.likelihood import Likelihoods, Pair, Score
 from seqeff.inference import Engine, Request, Sampling, failures
 from seqeff.models import TransformerConfig
@@ -96,8 +96,8 @@ class HarnessModel(TemplateLM):
     """Answers the harness's requests as its own `hf` backend does for an exported model.
 
     Texts get the token before them that the tokenizer's own file adds, and nothing else; what is
-    too long for the context loses its beginning. Unlike there, special tokens are never read from
-    a text, and ids that the tokenizer does not have are never drawn.
+    too long for the context loses its beginning. Unlike there, special tokens are read from no
+    text but a chat template's, and ids that the tokenizer does not have are never drawn.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class HarnessModel(TemplateLM):
         context: int,
         slots: int,
         seed: int = 0,
+        chat: ChatTemplate | None = None,
     ) -> None:
         """
         Args:
@@ -117,10 +118,11 @@ class HarnessModel(TemplateLM):
           context: tokens that a text has at most, and a prompt with its continuation.
           slots: rows that are scored, and requests that are continued, at a time.
           seed: of the first request that is drawn; each further one has the next.
+          chat: makes the prompts of messages; special tokens are read from texts then.
         """
         super().__init__()
         self._config, self._parameters, self._tokens = config, parameters, tokenizer
-        self._context, self._slots, self._seed = context, slots, seed
+        self._context, self._slots, self._seed, self._chat = context, slots, seed, chat
         self._likelihoods = Likelihoods(config, parameters, rows=slots, length=context)
 
     @property
@@ -143,12 +145,32 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         return self._tokens.fingerprint
 
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        if self._chat is None:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        try:
+            return self._chat.render(chat_history, answers=add_generation_prompt)
+        except UserError:
+            # as in the `hf` backend: some templates take no system's message
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            return self._chat.render(rest, answers=add_generation_prompt)
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        ids = self._tokens.encode(string)
-        if self._tokens.begins_texts and add_special_tokens is not False:
-            return [self._tokens.begin_of_text, *ids]
+        begin = self._tokens.begin_of_text
+        if self._chat is None:
+            ids, begun = self._tokens.encode(string), False
+        else:
+            ids = self._tokens.encode_marked(string)
+            # by the template itself
+            begun = ids[:1] == [begin] and add_special_tokens is None
+        if self._tokens.begins_texts and add_special_tokens is not False and not begun:
+            return [begin, *ids]
         return ids
 
     def loglikelihood(
