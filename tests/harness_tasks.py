@@ -83,7 +83,7 @@ def write_tasks(folder):
     return folder
 
 
-def harness_model(path):
+def harness_model(path, chat=None):
     """The model of a run directory, four rows at a time."""
     from seqeff.evaluation.harness._model import HarnessModel
 
@@ -96,6 +96,7 @@ def harness_model(path):
         tokenizer,
         context=train.data.sequence_length,
         slots=4,
+        chat=chat,
     )
 
 

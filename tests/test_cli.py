@@ -180,6 +180,13 @@ def test_another_run_is_not_overwritten(copied, tiny):
     assert "Data.seed = 1 (there 0)" in line
     assert "TransformerConfig.attention = 'SeparatorAttention' (there 'DenseAttention')" in line
     assert "log_every" not in line
+    assert "SeparatorAttention." not in line and " more" not in line
+    many = {"width": 64, "layers": 3, "vocabulary_size": 330, "dtype": "'bfloat16'"}
+    many |= {"tie_embeddings": True, "residual": "'parallel'", "rematerialise": "'everything'"}
+    changes = [f"--gin.TransformerConfig.{name}={value}" for name, value in many.items()]
+    line = refused("train", tiny.config, "--run-dir", copied, *changes, "--gin.Data.seed=1")
+    assert line.count("(there ") == 5
+    assert line.endswith(" and 3 more")
     assert files_of(copied) == before
 
 

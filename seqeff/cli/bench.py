@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from seqeff.cli.parser import Commands, output_file, positive, share
+from seqeff.cli.parser import Commands, add_output_file, positive, share
 from seqeff.cli.runs import load
 
 
@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         text = "by name (default: those of experiments/attention_speed)"
         benchmark.add_argument("shapes", nargs="*", metavar="SHAPE", help=text)
     for benchmark in (steps, continuing, batches, attention, decode):
-        benchmark.add_argument("--json", type=output_file, help="write the results to this file")
+        add_output_file(benchmark, "--json", "write the results to this file")
         benchmark.add_argument("--commit", help="kept in the file (default: what git says)")
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqeff.checks import UserError
-from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, output_file, positive, share
+from seqeff.cli.parser import (
+    SLOTS,
+    Commands,
+    add_checkpoint,
+    add_output_file,
+    positive,
+    share,
+    state_folder,
+)
 from seqeff.cli.runs import facts, open_with, restore
 
 if TYPE_CHECKING:
@@ -18,11 +26,12 @@ if TYPE_CHECKING:
     from seqeff.models import TransformerConfig
 
 _METHODS = ("dense", "streamingllm", "own")
+_HARNESS = ("include_path", "limit", "shots", "context", "seed", "slots", "apply_chat_template")
 # what is evaluated in place of held-out rows: how that is asked for, and what options it takes
 _KINDS = {
     "streaming": ("BOOK", ("positions", "plot", "method", "carry", "per_book", "chunk", "state")),
     "retrieval": ("TASK", ("lengths", "depths", "examples", "seed", "filler", "slots", "plot")),
-    "harness": ("TASK", ("include_path", "limit", "shots", "context", "seed", "slots")),
+    "harness": ("TASK", _HARNESS),
 }
 _HELD_OUT = ("batches", "positions", "plot")
 
@@ -50,7 +59,7 @@ def add(commands: Commands) -> None:
     text = "with --streaming: tokens taken at a time (default: 512)"
     evaluate.add_argument("--chunk", type=positive, help=text)
     text = "with --streaming: keep the streams in this folder, and go on from there"
-    evaluate.add_argument("--state", type=Path, metavar="FOLDER", help=text)
+    evaluate.add_argument("--state", type=state_folder, metavar="FOLDER", help=text)
     text = (
         "ask for what stands in long contexts: passkey, needle, mqar... (README.md has all, and "
         "their settings, such as --gin.AssociativeRecall.pairs=64)"
@@ -69,7 +78,7 @@ def add(commands: Commands) -> None:
     text = "with --retrieval or --harness: prompts at a time (default: 16)"
     evaluate.add_argument("--slots", type=positive, help=text)
     text = "draw what is found: with --positions curves, with --retrieval a heat map"
-    evaluate.add_argument("--plot", type=output_file, metavar="FILE.png", help=text)
+    add_output_file(evaluate, "--plot", text, "FILE.png")
     text = "run tasks of lm-evaluation-harness: their names, patterns of names, or YAML files"
     evaluate.add_argument("--harness", nargs="+", metavar="TASK", help=text)
     text = "with --harness: a folder with YAML files of further tasks"
@@ -78,10 +87,14 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--limit", type=positive, metavar="DOCUMENTS", help=text)
     text = "with --harness: examples before each question (default: as the task says)"
     evaluate.add_argument("--shots", type=int, metavar="EXAMPLES", help=text)
+    text = (
+        "with --harness: questions are what a user says, and examples an earlier chat, as the "
+        "tokenizer's chat template writes them"
+    )
+    evaluate.add_argument("--apply-chat-template", action="store_true", help=text)
     text = "with --harness: of prompt and answer (default: the positions there are, else the row)"
     evaluate.add_argument("--context", type=positive, metavar="TOKENS", help=text)
-    text = "write the results to this file"
-    evaluate.add_argument("--json", type=output_file, help=text)
+    add_output_file(evaluate, "--json", "write the results to this file")
     add_checkpoint(evaluate)
 
 
@@ -132,8 +145,8 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 f"{f'{first}-{end - 1}':>15}{part.tokens:12,}{part.loss:9.4f}"
                 f"{part.perplexity:12.2f}{part.bits_per_byte:11.4f}"
             )
-    known = facts(options, run, loaded, tokenizer) | {"documents": batches.contents}
-    write_report(options.json, "perplexity", rows, known)
+    rows = [row | {"sha256": batches.sha256} for row in rows]
+    write_report(options.json, "perplexity", rows, facts(options, run, loaded, tokenizer))
     if options.plot:
         middles = [length * (part + 0.5) / parts for part in range(parts)]
         curves(middles, {run.path.name: found}, "tokens of context", options.plot)
@@ -167,7 +180,7 @@ def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
-    from seqeff.evaluation import Book, Stream, StreamResult, comparison, require_positions
+    from seqeff.evaluation import Stream, StreamResult, comparison, read_books, require_positions
     from seqeff.evaluation.plot import curves
     from seqeff.training.program import run_model
 
@@ -184,7 +197,7 @@ def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     }
     if not streams and "dense" not in wanted:
         raise UserError(f"this attention has no stream but its own, {own}; give --method own")
-    books = [Book.read(tokenizer, file) for file in options.streaming]
+    books = read_books(tokenizer, options.streaming)
     length = config.data.sequence_length
     if streams:
         require_positions(model, books, options.carry)
@@ -250,12 +263,12 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if told := comparison.warning(model, longest, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
-    known = facts(options, run, loaded, tokenizer) | {"seed": retrieval.seed}
+    known = facts(options, run, loaded, tokenizer, examples=retrieval.seed)
     groups = [cell.examples for cell in cells]
     slots = options.slots or SLOTS
     with jax.set_mesh(program.mesh):
         command.run(
-            ModelReader.fitting(program.model, parameters, tokenizer, groups, slots),
+            ModelReader(program.model, parameters, tokenizer, groups, slots),
             cells,
             lambda results: write_report(options.json, "retrieval", results, known),
             options.plot,
@@ -267,6 +280,7 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
     from seqeff.bench.report import write_report
+    from seqeff.data import ChatTemplate
     from seqeff.evaluation import comparison
     from seqeff.evaluation.harness import command
 
@@ -281,12 +295,14 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = options.context or model.positions.limit or length
     model.require_positions(context)
+    chat = ChatTemplate.load(run.tokenizer) if options.apply_chat_template else None
     loaded = command.load_tasks(
         options.harness, include=options.include_path, shots=options.shots, seed=options.seed
     )
     # needs the package that loads them
-    from seqeff.evaluation.harness._model import HarnessModel
+    from seqeff.evaluation.harness._model import HarnessModel, check_generation
 
+    check_generation(loaded.tasks["tasks"], tokenizer, context)
     if told := comparison.warning(model, context, length):
         print(f"seqeff: {told}", file=sys.stderr)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
@@ -299,15 +315,17 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 context=context,
                 slots=options.slots or SLOTS,
                 seed=seed,
+                chat=chat,
             ),
             loaded.tasks,
             options.limit,
+            chat=chat is not None,
         )
     print(command.table(found))
-    known = facts(options, run, opened, tokenizer) | {
+    known = facts(options, run, opened, tokenizer, **loaded.seeds, sampling=seed) | {
         "limit": options.limit,
         "context": context,
-        "seeds": {**loaded.seeds, "sampling": seed},
+        "chat_template": None if chat is None else chat.sha256,
     }
     write_report(options.json, "harness", command.rows(found), known)
     return 0

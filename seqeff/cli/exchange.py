@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import filecmp
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,13 +95,39 @@ def _export(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.interop import hub
 
     stablehlo.check_options(options)
+    if options.push is not None:
+        hub.check_new_name(options.push)
     run, config, tokenizer = open_run(options, overrides)
     output = options.output or run.path / options.to
     write = stablehlo.write if options.to == "stablehlo" else _write_hf
-    print(write(options, run, config, tokenizer, output))
+    if options.push is None or not output.is_dir():
+        print(write(options, run, config, tokenizer, output))
+    else:
+        _check_same(output, lambda path: write(options, run, config, tokenizer, path))
+        print(f"{shown(output.absolute())} holds this export already")
     if options.push is not None:
         print(hub.push(output, options.push))
     return 0
+
+
+def _check_same(output: Path, write: Callable[[Path], object]) -> None:
+    """Refuses a directory that is not what an export writes, as an upload that failed leaves it."""
+    from seqeff.checks import writing
+
+    remedy = "or choose another --output"
+    with contextlib.ExitStack() as stack:
+        with writing(f"beside {output}", remedy):
+            folder = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+        again = Path(stack.enter_context(folder)) / output.name
+        write(again)
+        names = [
+            {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+            for folder in (again, output)
+        ]
+        if names[0] != names[1] or not all(
+            filecmp.cmp(again / name, output / name, shallow=False) for name in names[0]
+        ):
+            raise UserError(f"{output} exists already, with another content; give another --output")
 
 
 def _write_hf(

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seqeff.checks import UserError
-from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, output_file, positive
+from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, add_output_file, positive
 from seqeff.cli.runs import open_run, restore
 
 if TYPE_CHECKING:
-    from seqeff.data import Tokenizer
+    from seqeff.data import ChatTemplate, Tokenizer
     from seqeff.inference import Named, Piece
     from seqeff.models import TransformerConfig
-
-
-# what the tokens of a cache are a multiple of
-_ROUNDED = 256
 
 
 def add(commands: Commands) -> None:
@@ -56,23 +52,29 @@ def add(commands: Commands) -> None:
     text = "with --prompts: prompts at a time (default: 16)"
     generate.add_argument("--slots", type=positive, help=text)
     text = "with --prompts: where results go, a JSON object a line (default: the standard output)"
-    generate.add_argument("--output", type=output_file, metavar="FILE.jsonl", help=text)
+    add_output_file(generate, "--output", text, "FILE.jsonl")
     text = "with --prompts: the tokens' ids and log-probabilities too"
     generate.add_argument("--log-probabilities", action="store_true", help=text)
+    text = "prompts are what a user says, as the tokenizer's chat template writes it"
+    generate.add_argument("--apply-chat-template", action="store_true", help=text)
     add_checkpoint(generate)
 
 
 def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import jax
 
-    from seqeff.inference import Engine, check_room, generation_context, most_kept_by
+    from seqeff.data import ChatTemplate
+    from seqeff.inference import Engine, check_room, failures, generation_context
 
     for name in ("slots", "output", "log_probabilities"):
         if getattr(options, name) and options.prompts is None:
             raise UserError(f"--{name.replace('_', '-')} is for --prompts FILE.jsonl; give both")
+    if options.output is not None and options.output.resolve() == Path(options.prompts).resolve():
+        raise UserError(f"--output {options.output} would replace the prompts; give another file")
     requests = _text_requests(options)
     run, config, tokenizer = open_run(options, overrides)
-    named = requests(tokenizer)
+    chat = ChatTemplate.load(run.tokenizer) if options.apply_chat_template else None
+    named = requests(tokenizer, chat)
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = generation_context(model, options.context or length)
     if context is None and options.context:
@@ -81,17 +83,18 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_room(request, context)
     program, parameters = restore(run, config, tokenizer, options.checkpoint)
     _tell_room(model, named, context, length)
-    engine = Engine(
+    engine = Engine.for_requests(
         program.model,
         tokenizer,
-        slots=min(options.slots or SLOTS, len(named)),
-        context=None if context is None else _room(named, context),
-        kept=most_kept_by(program.model, (request for _, request in named)),
+        (request for _, request in named),
+        slots=options.slots or SLOTS,
+        context=context,
     )
     with jax.set_mesh(program.mesh):
         pieces = engine.stream(engine.prepare(parameters), (request for _, request in named))
         if options.prompts is None:
-            print(options.prompt or "", end="", flush=True)
+            # an answer is no continuation of the question's text
+            print("" if chat else options.prompt or "", end="", flush=True)
             for piece in pieces:
                 print(piece.text, end="", flush=True)
             print(flush=True)
@@ -103,10 +106,15 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         f"mean; a layer held {use.resident:,} at most",
         file=sys.stderr,
     )
+    if told := failures(engine.ended):
+        print(f"seqeff: {told}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _text_requests(options: argparse.Namespace) -> Callable[[Tokenizer], list[Named]]:
+def _text_requests(
+    options: argparse.Namespace,
+) -> Callable[[Tokenizer, ChatTemplate | None], list[Named]]:
     """What makes the requests once there is a tokenizer; settings are checked before."""
     from seqeff.data.files import decode_utf8, read_bytes
     from seqeff.inference import Named, Request, Sampling, read_requests, to_request
@@ -119,17 +127,11 @@ def _text_requests(options: argparse.Namespace) -> Callable[[Tokenizer], list[Na
         stops=tuple(options.stop),
     )
     if options.prompts is not None:
-        return lambda tokenizer: read_requests(options.prompts, tokenizer, defaults)
+        return lambda tokenizer, chat: read_requests(options.prompts, tokenizer, defaults, chat)
     text = options.prompt
     if options.prompt_file is not None:
         text = decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
-    return lambda tokenizer: [Named(1, to_request(tokenizer, text, defaults))]
-
-
-def _room(named: Sequence[Named], context: int) -> int:
-    """As much of a context as the prompts need; one of few numbers, as each compiles."""
-    most = max(len(request.prompt) + request.tokens for _, request in named)
-    return min(context, -(-most // _ROUNDED) * _ROUNDED)
+    return lambda tokenizer, chat: [Named(1, to_request(tokenizer, text, defaults, chat))]
 
 
 def _tell_room(

@@ -76,7 +76,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def output_file(text: str) -> Path:
+def add_output_file(
+    parser: argparse.ArgumentParser, name: str, text: str, metavar: str | None = None
+) -> None:
+    """A file to write, whose help tells the rule of them all: a file is replaced, whole.
+
+    What makes a directory (`export`, `import`) leaves one that is there alone.
+    """
+    text += "; one that is there is replaced once there is something to write"
+    parser.add_argument(name, type=_output_file, metavar=metavar, help=text)
+
+
+def state_folder(text: str) -> Path:
+    """A folder that is made where it is absent."""
+    folder = Path(text)
+    if folder.exists() and not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; give a folder")
+    return folder
+
+
+def _output_file(text: str) -> Path:
     """A file that can be written once there is something to write."""
     file = Path(text)
     if file.is_dir():

@@ -39,9 +39,19 @@ def open_with(
 
 
 def facts(
-    options: argparse.Namespace, run: RunDirectory, loaded: LoadedConfig, tokenizer: Tokenizer
+    options: argparse.Namespace,
+    run: RunDirectory,
+    loaded: LoadedConfig,
+    tokenizer: Tokenizer,
+    **seeds: int,
 ) -> dict[str, Any]:
-    """What every result of a run depends on beside the data, for reports."""
+    """What every result of a run depends on beside the data, for reports.
+
+    The data are told by each result's own `sha256`.
+
+    Args:
+      seeds: of what is drawn, by its name.
+    """
     from seqeff.training.checkpoints import CheckpointStore
 
     with CheckpointStore(run.checkpoints) as store:
@@ -57,6 +67,7 @@ def facts(
         "step": latest if options.checkpoint is None else options.checkpoint,
         "options": json.loads(json.dumps(given, default=str)),
         "tokenizer": tokenizer.fingerprint,
+        "seeds": seeds,
         "overrides": loaded.overrides,
         "config": loaded.operative,
     }

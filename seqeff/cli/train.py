@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from seqeff.config import LoadedConfig
     from seqeff.runs import RunDirectory
 
+# of the fields in which two configs differ
+_TOLD = 5
+
 
 def add(commands: Commands) -> None:
     """The command and its arguments."""
@@ -167,17 +170,21 @@ def _check_same_run(run: RunDirectory, before: object, config: object) -> None:
     from seqeff.training import MAY_CHANGE
 
     old, new = flatten(before), flatten(config)
-    differing = []
+    differing, replaced = [], tuple[str, ...]()
     for path in sorted(old.keys() | new.keys()):
         free = any(f"{path}.".startswith(f"{name}.") for name in MAY_CHANGE)
-        if not free and old.get(path) != new.get(path):
+        # the fields of another class say nothing further
+        if not free and old.get(path) != new.get(path) and not path.startswith(replaced):
             parent, _, field = path.rpartition(".")
+            replaced += (f"{path}.",)
             owner = new.get(parent) or old.get(parent) or type(config).__name__
             differing.append(f"{owner}.{field} = {new.get(path)!r} (there {old.get(path)!r})")
     if differing:
+        further = len(differing) - _TOLD
         raise UserError(
             f"{shown(run.path)} holds another run; choose another --run-dir, or undo "
-            + ", ".join(differing)
+            + ", ".join(differing[:_TOLD])
+            + (f" and {further:,} more" if further > 0 else "")
         )
 
 

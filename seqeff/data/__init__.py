@@ -4,6 +4,7 @@ from seqeff.data.batch import Batch
 from seqeff.data.batches import Batches, EvaluationBatches
 from seqeff.data.build import Stores, build_store
 from seqeff.data.builtin import BuiltinText
+from seqeff.data.chat import ChatTemplate
 from seqeff.data.data import (
     Data,
     PreparedData,
@@ -29,6 +30,7 @@ __all__ = [
     "Batch",
     "Batches",
     "BuiltinText",
+    "ChatTemplate",
     "Data",
     "Document",
     "EvaluationBatches",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -141,7 +142,7 @@ class EvaluationBatches:
     """One pass over stores in their own order; the last batch is padded. `len()` is its steps.
 
     Attributes:
-      contents: the hashes of each store's documents.
+      sha256: of the documents: the store's own, or where there are several, of theirs.
     """
 
     def __init__(
@@ -156,7 +157,9 @@ class EvaluationBatches:
         """As for `Batches`; documents of different stores never share a row."""
         _check(stores, sequence_length, batch_size, packing)
         self.batch_size = batch_size
-        self.contents = [store.part.content for store in stores]
+        contents = [store.part.content for store in stores]
+        whole = hashlib.sha256("".join(contents).encode()).hexdigest()
+        self.sha256 = contents[0] if len(contents) == 1 else whole
         self._stores = stores
         self._rows = [
             PACKINGS[packing](store, np.arange(len(store.lengths)), sequence_length)

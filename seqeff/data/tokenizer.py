@@ -96,6 +96,10 @@ class Tokenizer:
         """Token ids of a text."""
         return self.encode_batch([text])[0]
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are spelt, as a chat template writes it."""
+        return self._marked.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, computed on all cores.
 
@@ -171,6 +175,10 @@ class Tokenizer:
         tokenizer = cls(inner, end_of_text or _named_beside(file) or _usual_name(inner, file))
         tokenizer.byte_lengths()
         return tokenizer
+
+    @functools.cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._inner.to_str())
 
     @functools.cached_property
     def _token_bytes(self) -> tuple[bytes, ...]:
@@ -253,10 +261,15 @@ def _named_beside(file: Path) -> str | None:
         return None
     try:
         settings = json.loads(decode_utf8(read_bytes(beside), str(beside)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{beside} is not valid JSON: {error}") from error
-    name = settings.get("eos_token") if isinstance(settings, dict) else None
-    return name.get("content") if isinstance(name, dict) else name
+    if not isinstance(settings, dict):
+        raise UserError(f"{beside} holds no JSON object; repair it, or take it away")
+    name = settings.get("eos_token")
+    name = name.get("content") if isinstance(name, dict) else name
+    if not (name is None or isinstance(name, str)):
+        raise UserError(f"{beside}: eos_token = {name!r} is no text; give that of the token")
+    return name
 
 
 def _usual_name(inner: tokenizers.Tokenizer, file: Path) -> str:

@@ -24,20 +24,6 @@ class Book(NamedTuple):
     name: str
     tokens: Int[np.ndarray, " tokens"]
 
-    @classmethod
-    def read(cls, tokenizer: Tokenizer, file: Path) -> Book:
-        """Of a text file.
-
-        Raises:
-          UserError: it cannot be read, or is empty.
-        """
-        # as `TextFiles` reads them: line ends are the text's own
-        text = decode_utf8(read_bytes(file), str(file))
-        if not text:
-            raise UserError(f"{file} is empty; leave it out")
-        ids = [tokenizer.begin_of_text, *tokenizer.encode(text)]
-        return cls(file.name, np.asarray(ids, np.int32))
-
     @property
     def sha256(self) -> str:
         """Of the token ids, as little-endian int32."""
@@ -48,6 +34,26 @@ class Book(NamedTuple):
         predicted = len(self.tokens) - 1
         places = np.arange(first, min(last, predicted))
         return (places * count // max(predicted, 1)).astype(np.int32)
+
+
+def read_books(tokenizer: Tokenizer, files: Sequence[Path]) -> list[Book]:
+    """Of text files, all of which are read before the first is tokenized.
+
+    Raises:
+      UserError: one cannot be read, or is empty.
+    """
+    texts = []
+    for file in files:
+        # as `TextFiles` reads them: line ends are the text's own
+        text = decode_utf8(read_bytes(file), str(file))
+        if not text:
+            raise UserError(f"{file} is empty; leave it out")
+        texts.append(text)
+    begin = tokenizer.begin_of_text
+    return [
+        Book(file.name, np.asarray([begin, *tokenizer.encode(text)], np.int32))
+        for file, text in zip(files, texts, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from seqeff.inference.engine import CacheUse, Engine, generation_context, most_kept_by
 from seqeff.inference.prompts import Named, read_requests, results, to_request
-from seqeff.inference.requests import Piece, Request, check_room
+from seqeff.inference.requests import Piece, Request, check_room, failures
 from seqeff.inference.sampling import Sampling
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Request",
     "Sampling",
     "check_room",
+    "failures",
     "generation_context",
     "most_kept_by",
     "read_requests",

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from seqeff.checks import require
 from seqeff.data import Vocabulary
 from seqeff.inference import slots as device
-from seqeff.inference.requests import Occupant, Piece, Request, check_room
+from seqeff.inference.requests import Occupant, Piece, Reason, Request, check_room
 from seqeff.inference.sampling import WAYS, Sampling, Settings
 from seqeff.models import TransformerConfig, cached_parameters, most_kept
 from seqeff.models.caches import kind_of
@@ -27,7 +27,8 @@ CHUNKS = (64, 512)
 _AHEAD = 2
 # from so large a part of the slots on, prompts are read in all of them at once
 _MANY = 4
-_LEAST_KEPT = 256
+# what tokens and kept entries of a cache are at least, and tokens a multiple of: each compiles
+_ROUNDED = 256
 # a single row's product with a matrix is computed there by elements, in memory, and then added up
 _LEAST_ROWS = {"gpu": 2}
 
@@ -64,6 +65,7 @@ class Engine:
 
     Attributes:
       use: of the caches, by the latest stream.
+      ended: its requests that have, by the reason; see `failures`.
       rows: of the caches; those past the slots stay empty.
       prepare: from the parameters of the `Transformer` to those of a stream.
       empty, read, decode: the programs of `slots.py`.
@@ -99,6 +101,7 @@ class Engine:
             "prompt and its continuation may have together",
         )
         self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
+        self.ended: collections.Counter[Reason] = collections.Counter()
         self.rows = max(slots, _LEAST_ROWS.get(jax.default_backend(), 1))
         self.tokenizer, self.chunks = tokenizer, chunks
         end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
@@ -116,6 +119,39 @@ class Engine:
             donate_argnames="slots",
         )
 
+    @classmethod
+    def for_requests(
+        cls,
+        config: TransformerConfig,
+        tokenizer: Vocabulary,
+        requests: Iterable[Request],
+        *,
+        slots: int,
+        context: int | None = None,
+    ) -> Self:
+        """An engine with as much room as some requests take, and no more slots than there are.
+
+        Args:
+          requests: all that it is for, each with what a `prefix` puts before its prompt.
+          slots: requests at a time, at most.
+          context: tokens that prompt and continuation may have together, at most; None: as many as
+            they ask for.
+        """
+        count, longest, kept = 0, 1, 1
+        # once through, as each may be as long as a context
+        for request in requests:
+            count, kept = count + 1, max(kept, _kept(config, request))
+            longest = max(longest, len(request.prompt) + request.tokens)
+        limits = (-(-longest // _ROUNDED) * _ROUNDED, context, config.positions.limit)
+        room = min(limit for limit in limits if limit is not None)
+        return cls(
+            config,
+            tokenizer,
+            slots=max(min(slots, count), 1),
+            context=generation_context(config, room),
+            kept=_of_few(kept),
+        )
+
     def stream(
         self, parameters: Any, requests: Iterable[Request], prefix: Sequence[int] = ()
     ) -> Iterator[Piece]:
@@ -130,6 +166,7 @@ class Engine:
           UserError: see `check_room`.
         """
         self.use, context, start = CacheUse(), self.context, None
+        self.ended.clear()
         if len(prefix):
             # what would be drawn after it is no part of the prompts
             request = Request(prompt=prefix, tokens=1)
@@ -155,15 +192,18 @@ def most_kept_by(config: TransformerConfig, requests: Iterable[Request]) -> int:
 
     One of few numbers, as for each the programs compile.
     """
+    return _of_few(max((_kept(config, request) for request in requests), default=1))
 
-    def count(request: Request) -> int:
-        # a few lengths, for each of which it compiles
-        padding = -len(request.prompt) % CHUNKS[-1]
-        prompt = np.pad(np.asarray(request.prompt, np.int32), (0, padding), "edge")
-        return most_kept(config, jnp.asarray(prompt[None]), request.tokens)
 
-    most = max(map(count, requests), default=1)
-    return max(_LEAST_KEPT, 1 << (most - 1).bit_length())
+def _kept(config: TransformerConfig, request: Request) -> int:
+    # a few lengths, for each of which it compiles
+    padding = -len(request.prompt) % CHUNKS[-1]
+    prompt = np.pad(np.asarray(request.prompt, np.int32), (0, padding), "edge")
+    return most_kept(config, jnp.asarray(prompt[None]), request.tokens)
+
+
+def _of_few(kept: int) -> int:
+    return max(_ROUNDED, 1 << (kept - 1).bit_length())
 
 
 class _Call(NamedTuple):
@@ -241,6 +281,8 @@ class _Run:
                 drawn = (x[:, row][real].tolist() for x in (steps.token, steps.log_probability))
                 piece = occupant.take(zip(*drawn, strict=True))
                 if piece is not None:
+                    if piece.reason is not None:
+                        self._engine.ended[piece.reason] += 1
                     yield piece
 
     def _admit(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqeff.checks import UserError
-from seqeff.data import Tokenizer
+from seqeff.data import ChatTemplate, Tokenizer
 from seqeff.data.files import decode_utf8, nearest, read_bytes
 from seqeff.inference.requests import Piece, Request
 from seqeff.inference.sampling import Sampling
@@ -26,26 +26,38 @@ class Named(NamedTuple):
     request: Request
 
 
-def to_request(tokenizer: Tokenizer, prompt: str, defaults: Request) -> Request:
+def to_request(
+    tokenizer: Tokenizer, prompt: str, defaults: Request, chat: ChatTemplate | None = None
+) -> Request:
     """The request of a prompt's text, which begins a document.
 
+    Args:
+      chat: makes the prompt what a user says, and the continuation the answer.
+
     Raises:
-      UserError: the prompt is no valid text.
+      UserError: the prompt is no valid text, or nothing that the template takes.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid text: {error}") from error
-    return dataclasses.replace(
-        defaults, prompt=[tokenizer.begin_of_text, *tokenizer.encode(prompt)]
-    )
+    if chat is None:
+        ids = [tokenizer.begin_of_text, *tokenizer.encode(prompt)]
+    else:
+        ids = tokenizer.encode_marked(chat.render([{"role": "user", "content": prompt}]))
+    return dataclasses.replace(defaults, prompt=ids)
 
 
-def read_requests(path: str, tokenizer: Tokenizer, defaults: Request) -> list[Named]:
+def read_requests(
+    path: str, tokenizer: Tokenizer, defaults: Request, chat: ChatTemplate | None = None
+) -> list[Named]:
     """The requests of a file, a JSON object a line; `-` is the standard input.
 
     A line has `prompt` and perhaps `id`, `tokens`, `stop` (a text, or a list of them) and the
     fields of `Sampling`, each in place of the default. Empty lines are passed over.
+
+    Args:
+      chat: see `to_request`.
 
     Raises:
       UserError: a line is no such object; names it. The file cannot be read, or has no line.
@@ -56,7 +68,7 @@ def read_requests(path: str, tokenizer: Tokenizer, defaults: Request) -> list[Na
     for number, line in enumerate(decode_utf8(content, file).split("\n"), 1):
         if line.strip():
             try:
-                found.append(_named(line, number, tokenizer, defaults))
+                found.append(_named(line, number, tokenizer, defaults, chat))
             except UserError as error:
                 raise UserError(f"{file}, line {number}: {error}") from error
     if not found:
@@ -64,7 +76,9 @@ def read_requests(path: str, tokenizer: Tokenizer, defaults: Request) -> list[Na
     return found
 
 
-def _named(line: str, number: int, tokenizer: Tokenizer, defaults: Request) -> Named:
+def _named(
+    line: str, number: int, tokenizer: Tokenizer, defaults: Request, chat: ChatTemplate | None
+) -> Named:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -86,7 +100,7 @@ def _named(line: str, number: int, tokenizer: Tokenizer, defaults: Request) -> N
     given = {name: fields[name] for name in _SAMPLING if name in fields}
     sampling = dataclasses.replace(defaults.sampling, **given)
     request = dataclasses.replace(defaults, tokens=tokens, sampling=sampling, stops=tuple(stops))
-    return Named(fields.get("id", number), to_request(tokenizer, prompt, request))
+    return Named(fields.get("id", number), to_request(tokenizer, prompt, request, chat))
 
 
 def results(

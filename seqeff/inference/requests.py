@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from seqeff.checks import UserError, require
@@ -11,7 +12,7 @@ from seqeff.data import Vocabulary
 from seqeff.inference.sampling import Sampling
 from seqeff.inference.text import StoppedText
 
-Reason = Literal["end", "length", "stop"]
+Reason = Literal["end", "length", "stop", "not finite"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class Piece(NamedTuple):
       tokens: further ids, without the end of text.
       log_probabilities: theirs, under the model itself.
       reason: why it ends with this piece: the end of text, as many tokens as asked for or as there
-        was room for, or a stop string; None: it goes on.
+        was room for, a stop string, or scores of the next token that are no numbers; None: it goes
+        on.
     """
 
     request: int
@@ -58,6 +60,21 @@ class Piece(NamedTuple):
     tokens: tuple[int, ...]
     log_probabilities: tuple[float, ...]
     reason: Reason | None
+
+
+def failures(ended: Mapping[Reason, int]) -> str | None:
+    """What to say of requests that ended for want of numbers; None: there are none.
+
+    Args:
+      ended: how many requests did, by the reason.
+    """
+    if not (count := ended.get("not finite", 0)):
+        return None
+    return (
+        f"{count:,} of {sum(ended.values()):,} continuations end early, as the model's output is "
+        "not finite there: see to the run's losses, and try an earlier --checkpoint, or "
+        "--gin.TransformerConfig.dtype=float32"
+    )
 
 
 def check_room(request: Request, context: int | None) -> None:
@@ -106,6 +123,10 @@ class Occupant:
         text, tokens, probabilities = "", [], []
         for token, log_probability in drawn:
             self._drawn += 1
+            if not math.isfinite(log_probability):
+                # of what is no number the likeliest is the first id, often the end of text
+                self.reason = "not finite"
+                break
             if token == self._end:
                 self.reason = "end"
                 break

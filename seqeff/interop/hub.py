@@ -21,6 +21,13 @@ def is_name(source: str) -> bool:
     return not Path(source).exists() and _NAME.fullmatch(source) is not None
 
 
+def check_new_name(name: str) -> None:
+    """Raises a UserError if nothing can be uploaded under a name, whatever the network says."""
+    _hub()
+    if _NAME.fullmatch(name) is None or "@" in name:
+        raise UserError(f"--push {name} is no name of the hub: give OWNER/NAME")
+
+
 def pull(name: str) -> Path:
     """Downloads a model, or finds it in the hub's cache.
 
@@ -69,7 +76,7 @@ def push(directory: Path, name: str) -> str:
     """
     with _told(
         f"upload {directory} to the Hugging Face hub as {name}",
-        "see to the network and to `hf auth login`",
+        "see to the network and to `hf auth login`, and give the same command again",
     ):
         api = _hub().HfApi()
         address = api.create_repo(name, private=True, exist_ok=True)

@@ -126,6 +126,20 @@ def test_an_epoch_holds_every_document_once_for_any_number_of_hosts(
         assert_complete(parts, store, packing, length)
 
 
+def test_documents_are_told_by_one_hash(make_store):
+    stores = [make_store([63, 5]), make_store([40] * 9, first=2000)]
+    for store, name in zip(stores, "ab", strict=True):
+        store.part = store.part._replace(content=name * 64)
+
+    def told(*stores):
+        return EvaluationBatches(stores, sequence_length=16, batch_size=7).sha256
+
+    assert told(stores[0]) == stores[0].part.content
+    both = told(*stores)
+    assert len(both) == 64
+    assert len({both, told(*stores[::-1]), *(store.part.content for store in stores)}) == 4
+
+
 @pytest.mark.parametrize("kind", [Batches, EvaluationBatches])
 def test_any_rows_are_those_of_the_whole_batch(make_store, kind):
     stores = [make_store([63, 1000, 5, 17]), make_store([40] * 9, first=2000)]

@@ -210,6 +210,24 @@ def test_the_end_of_text_is_found(tmp_path, settings, end_of_text, expected):
     assert Tokenizer.load(tmp_path, end_of_text).end_of_text_name == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds no JSON object; repair it, or take it away"),
+        ('"a"', "holds no JSON object"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"eos_token": 3}', "eos_token = 3 is no text"),
+        ('{"eos_token": {"content": []}}', r"eos_token = \[\] is no text"),
+    ],
+)
+def test_settings_beside_it_that_cannot_be(tmp_path, content, message):
+    metaspace_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"{tmp_path}/tokenizer_config\.json:? {message}"):
+        Tokenizer.load(tmp_path)
+
+
 def test_bad_tokenizers_are_one_clear_line(tmp_path):
     inner = metaspace_tokenizer()
     inner.save(str(tmp_path / "tokenizer.json"))

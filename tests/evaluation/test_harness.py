@@ -5,11 +5,12 @@ import sys
 import types
 
 import pytest
+from chat_templates import STRICT
 from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
 from tiny_run import refused, seqeff
 
 from seqeff.checks import UserError
-from seqeff.data import Tokenizer
+from seqeff.data import ChatTemplate, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "local_tasks")
 
@@ -78,11 +79,13 @@ def test_generation(finished):
         )
 
     hot = {"temperature": 9.0}
+    neutral = {"num_beams": 1, "early_stopping": False, "min_p": None}
     greedy, same, top, first, second, third = written(
-        {},
-        {"do_sample": False, "temperature": 0.7},
+        neutral,
+        {"do_sample": False, "temperature": 0.7, "top_k": 0},
         {"do_sample": True, "top_k": 1, **hot},
-        {"do_sample": True, **hot},
+        # all of the tokens, as transformers writes it
+        {"do_sample": True, "top_k": 0, **hot},
         hot,
         hot,
     )
@@ -92,6 +95,8 @@ def test_generation(finished):
     again = written({}, {}, {}, hot, hot | {"until": stop}, hot)
     assert again == [greedy, greedy, greedy, first, second[: second.index(stop)], third]
     assert written() == []
+    assert written({"top_k": 0, **hot}) == written({"top_k": None, **hot}) == written(hot)
+    assert written({"top_k": 2, **hot}) != written(hot)
     with pytest.raises(UserError, match="a task asks to generate with num_beams = 10, which"):
         written({"num_beams": 10})
     with pytest.raises(UserError, match="generates up to 32 tokens, which leaves no room"):
@@ -156,6 +161,54 @@ def test_what_is_refused(finished, tasks, tmp_path, monkeypatch, no_devices, opt
         options = [*options, "--include-path", tasks]
     assert expected in refused("eval", finished, *options)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("num_beams: 4", "a task asks to generate with num_beams = 4, which is not here"),
+        ("guidance_scale: 1.5", "to generate with guidance_scale = 1.5, which is not here"),
+        ("max_gen_toks: 32", "a task generates up to 32 tokens, which leaves no room for a prompt"),
+        ("max_gen_toks: many", "invalid literal for int() with base 10: 'many'"),
+        ("top_p: 2, max_gen_toks: 9", "Sampling.top_p = 2 must be above 0"),
+        ("top_k: -1, max_gen_toks: 9", "Sampling.top_k = -1 must be at least 1"),
+    ],
+)
+def test_generation_that_is_not_here_is_refused_before_any_work(
+    finished, tasks, tmp_path, no_devices, settings, expected
+):
+    """With a task that scores before it, as its scores would be lost."""
+    own = (tasks / "local_answer.yaml").read_text().replace("max_gen_toks: 13", settings)
+    file = tmp_path / "beams.yaml"
+    file.write_text(own.replace("task: local_answer", "task: own"))
+    line = refused("eval", finished, "--harness", tasks / "local_text.yaml", file)
+    assert line.startswith("--harness own: ")
+    assert expected in line
+
+
+def test_a_chat_template(copied, tasks, tmp_path, monkeypatch):
+    command = ["eval", copied, "--harness", "local_choice", "local_answer", "--include-path", tasks]
+    command += ["--shots", 1, "--seed", 7, "--limit", 3, "--json"]
+    assert seqeff(*command, tmp_path / "plain.json").status == 0
+    line = refused(*command, tmp_path / "chat.json", "--apply-chat-template")
+    assert line.startswith(f"{copied / 'tokenizer'} has no chat template, neither chat_template.j")
+    (copied / "tokenizer/chat_template.jinja").write_text(STRICT)
+    done = seqeff(*command, tmp_path / "chat.json", "--apply-chat-template")
+    assert done.status == 0, done.errors
+    plain, chat = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("plain", "chat"))
+    assert plain["chat_template"] is None and len(chat["chat_template"]) == 64
+    for one, other in zip(plain["results"], chat["results"], strict=True):
+        assert one["sha256"] != other["sha256"]
+    model = harness_model(copied, ChatTemplate.load(copied / "tokenizer"))
+    asked = [{"role": "user", "content": "the cat"}]
+    told = [{"role": "system", "content": "a"}, *asked]
+    # a template that takes no system's message goes without
+    assert model.apply_chat_template(told) == model.apply_chat_template(asked)
+    with pytest.raises(UserError, match="does not take messages of user, user: roles must take"):
+        model.apply_chat_template(asked * 2)
+    assert "--apply-chat-template is for --harness TASK" in refused(
+        "eval", copied, "--apply-chat-template"
+    )
 
 
 def test_a_task_that_fails(finished, tasks):

@@ -97,7 +97,8 @@ def test_eval_tells_scores_by_position_and_writes_them(finished, tmp_path):
     assert len(others) == 4 and others[-1]["positions"] == [24, 31]
     assert first["tokens"] == sum(row["tokens"] for row in others)
     data = json.loads((finished / "data.json").read_text())
-    assert report["documents"] == data["validation"] and report["tokenizer"] == data["tokenizer"]
+    assert [row["sha256"] for row in report["results"]] == data["validation"] * 5
+    assert report["tokenizer"] == data["tokenizer"] and report["seeds"] == {}
     assert (report["run"], report["step"]) == (str(finished), 24)
     assert report["config"].endswith((finished / "operative_config.gin").read_text())
     assert "more positions than the 32 of a row" in refused("eval", finished, "--positions", 33)

@@ -12,7 +12,7 @@ from tiny_run import refused, seqeff
 
 from seqeff.checks import UserError
 from seqeff.data import TextFiles, Tokenizer
-from seqeff.evaluation import Book, Stream, read_in_rows, stream, streaming
+from seqeff.evaluation import Book, Stream, read_books, read_in_rows, stream, streaming
 from seqeff.evaluation.comparison import methods, warning
 from seqeff.models import (
     DenseAttention,
@@ -334,7 +334,7 @@ def test_the_command(finished, tiny, tmp_path):
     assert names[22:].split("   ")[1:] == expected
     assert first.startswith("0-50% ") and second.startswith("50-100% ")
     report = json.loads(file.read_text())
-    assert (report["step"], report["options"]["chunk"]) == (24, 16)
+    assert (report["step"], report["options"]["chunk"], report["seeds"]) == (24, 16, {})
     assert "SeparatorAttention.separators = 4" in report["config"]
     for row in report["results"]:
         assert len(row["sha256"]) == 64
@@ -391,7 +391,7 @@ def test_texts_are_read_as_training_reads_them(finished, tmp_path):
     file = tmp_path / "book.txt"
     file.write_bytes(text.encode("utf-8-sig"))
     (document,) = TextFiles(paths=(str(file),)).documents()
-    book = Book.read(tokenizer, file)
+    (book,) = read_books(tokenizer, [file])
     assert document.text == text
     assert book.tokens.tolist() == [tokenizer.end_of_text, *tokenizer.encode(text)]
 
@@ -401,8 +401,31 @@ def test_bad_streams_are_one_line(finished, tmp_path):
     line = refused("eval", finished, "--streaming", book)
     assert "the cache of layer 0 (DenseAttention) grows" in line
     assert "cannot read" in refused("eval", finished, "--streaming", book, *BOUNDED)
+    book.write_bytes(b"caf\xe9")
+    assert f"{book} is not UTF-8" in refused("eval", finished, "--streaming", book, *BOUNDED)
+    line = refused("eval", finished, "--streaming", book, *BOUNDED, "--state", book)
+    assert line.startswith(f"argument --state: {book} is a file; give a folder")
     book.write_text("")
     assert "is empty; leave it out" in refused("eval", finished, "--streaming", book, *BOUNDED)
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "empty", "encoding"])
+def test_a_text_that_cannot_be_stops_it_before_any_work(finished, tmp_path, monkeypatch, kind):
+    """Though it is the last of them."""
+
+    def fail(*_, **__):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(Tokenizer, "encode", fail)
+    monkeypatch.setattr("seqeff.cli.evaluate.restore", fail)
+    book, last = tmp_path / "book.txt", tmp_path / "last.txt"
+    book.write_text("the cat sat")
+    if kind == "folder":
+        last.mkdir()
+    elif kind != "absent":
+        last.write_bytes(b"\xff" if kind == "encoding" else b"")
+    line = refused("eval", finished, "--streaming", book, last, *BOUNDED)
+    assert str(last) in line
 
 
 @pytest.mark.parametrize(

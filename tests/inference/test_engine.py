@@ -10,11 +10,11 @@ from flax import nnx
 
 from seqeff.checks import ConfigError, UserError
 from seqeff.data import Tokenizer
-from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
+from seqeff.inference import Engine, Request, Sampling, failures, generation_context, most_kept_by
 from seqeff.inference import engine as engine_module
 from seqeff.models import SeparatorAttention
 from seqeff.models.flops import entries_of_tokens
-from seqeff.models.positions import BilevelPositions
+from seqeff.models.positions import BilevelPositions, LearnedPositions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -343,6 +343,52 @@ def test_a_cache_that_grows_wants_a_context(made, tokenizer):
     for name in ("dense", "separators"):
         with pytest.raises(ConfigError, match=r"Engine\.context = None is for models whose caches"):
             Engine(made(name)[0], tokenizer)
+
+
+def test_room_for_known_requests(made, tokenizer):
+    config, _ = made("dense")
+    few = Engine.for_requests(config, tokenizer, iter(REQUESTS[:3]), slots=16)
+    assert (few.slots, few.context) == (3, 256)
+    many = Engine.for_requests(config, tokenizer, REQUESTS, slots=2, context=100)
+    assert (many.slots, many.context) == (2, 100)
+    long = [dataclasses.replace(REQUESTS[0], tokens=300)]
+    assert Engine.for_requests(config, tokenizer, long, slots=1).context == 512
+    assert Engine.for_requests(config, tokenizer, [], slots=4).slots == 1
+    table = dataclasses.replace(config, positions=LearnedPositions(length=170))
+    assert Engine.for_requests(table, tokenizer, REQUESTS, slots=1).context == 170
+    assert Engine.for_requests(made("bounded")[0], tokenizer, long, slots=1).context is None
+
+
+def test_room_for_kept_tokens_is_that_of_the_fullest_prompt(made, tokenizer):
+    """Every entry of it a separator, where the room of the default would be the context's."""
+    config, model = made("separators")
+    (plain,) = prompts(200)
+    requests = [Request(prompt=plain, tokens=900, sampling=GREEDY)]
+    requests += [Request(prompt=SEPARATORS[:1] * 700, tokens=5, sampling=GREEDY)]
+    engine = Engine.for_requests(config, tokenizer, requests, slots=2)
+    expected = gather(Engine(config, tokenizer, slots=2, context=1280), model, requests)
+    assert [x[1] for x in gather(engine, model, requests)] == [x[1] for x in expected]
+
+
+def test_what_is_no_number_ends_its_request_alone(made, tokenizer):
+    """Here a cache with less room than its separators need."""
+    config, model = made("separators")
+    full = Request(prompt=SEPARATORS[:1] * 90, tokens=9, sampling=GREEDY)
+    # room for some of the tokens that are drawn
+    filling = Request(prompt=SEPARATORS[:1] * 40, tokens=30, sampling=GREEDY)
+    engine = Engine(config, tokenizer, slots=2, context=CONTEXT, kept=33, steps=4)
+    others = REQUESTS[:1]
+    expected = gather(engine, model, others)
+    found = gather(engine, model, [full, *others, filling, *others])
+    assert found[0] == ("", (), (), "not finite")
+    assert found[1][:2] == found[3][:2] == expected[0][:2]
+    assert engine.ended["not finite"] >= 1 and engine.ended.total() == 4
+    broken = jax.tree.map(lambda x: x * jnp.nan, parameters_of(model))
+    pieces = engine.stream(engine.prepare(broken), others)
+    assert [(piece.tokens, piece.reason) for piece in pieces] == [((), "not finite")]
+    assert failures(engine.ended).startswith("1 of 1 continuations end early, as the model's")
+    gather(engine, model, others)
+    assert failures(engine.ended) is None
 
 
 def test_a_prefix_takes_its_room(made, tokenizer):

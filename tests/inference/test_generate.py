@@ -4,8 +4,12 @@ import io
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny_run import refused, seqeff
+
+from seqeff.cli import runs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -193,6 +197,60 @@ def test_files_that_cannot_be(finished, tmp_path):
     for option in (["--slots", 2], ["--output", file], ["--log-probabilities"]):
         line = refused("generate", finished, "--prompt", "a", *option)
         assert f"{option[0]} is for --prompts" in line
+
+
+def test_a_model_whose_output_is_not_finite(finished, tmp_path, monkeypatch):
+    def restore(*arguments):
+        program, parameters = runs.restore(*arguments)
+        return program, jax.tree.map(lambda x: x * jnp.nan, parameters)
+
+    monkeypatch.setattr("seqeff.cli.generate.restore", restore)
+    done = seqeff("generate", finished, "--prompt", "the cat", "--tokens", 5)
+    assert (done.status, done.output) == (1, "the cat\n")
+    assert done.errors.splitlines()[-1].startswith(
+        "seqeff: 1 of 1 continuations end early, as the model's output is not finite there"
+    )
+    file = write_lines(tmp_path / "prompts.jsonl", LINES[:2])
+    done = seqeff("generate", finished, "--prompts", file)
+    assert done.status == 1
+    for line in done.output.splitlines():
+        result = json.loads(line)
+        assert (result["text"], result["tokens"], result["reason"]) == ("", 0, "not finite")
+
+
+def test_a_chat_template(copied, tmp_path):
+    pytest.importorskip("jinja2", reason="comes with the harness extra")
+    command = ["generate", copied, "--temperature", 0, "--tokens", 4]
+    asked = [*command, "--prompt", " the cat", "--apply-chat-template"]
+    assert "has no chat template" in refused(*asked)
+    template = "{{ bos_token }}{{ eos_token }}{{ messages[0].content | trim }}"
+    (copied / "tokenizer/chat_template.jinja").write_text(template)
+    done = seqeff(*asked)
+    assert done.status == 0, done.errors
+    # the template's tokens, which are here those of a plain prompt
+    plain = seqeff(*command, "--prompt", "the cat").output
+    assert done.output == plain.removeprefix("the cat") != "\n"
+    file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": " the cat"}])
+    lines = seqeff(*command, "--prompts", file, "--apply-chat-template").output
+    assert json.loads(lines)["text"] == done.output.removesuffix("\n")
+    (copied / "tokenizer/chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    line = refused(*command, "--prompts", file, "--apply-chat-template")
+    assert line == f"{file}, line 1: the chat template does not take messages of user: never"
+
+
+def test_a_file_of_results_is_replaced_whole_and_only_by_results(finished, tmp_path):
+    file, output = write_lines(tmp_path / "prompts.jsonl", LINES[:1]), tmp_path / "results.jsonl"
+    output.write_text("earlier\n" * 9)
+    command = ["generate", finished, "--tokens", 3, "--prompts", file]
+    assert "leaves room" in refused(*command, "--context", 2, "--output", output)
+    assert output.read_text() == "earlier\n" * 9
+    assert seqeff(*command, "--output", output).status == 0
+    (line,) = output.read_text().splitlines()
+    assert json.loads(line)["id"] == 1
+    before = file.read_text()
+    same = tmp_path / "." / "prompts.jsonl"
+    assert "would replace the prompts; give another file" in refused(*command, "--output", same)
+    assert file.read_text() == before
 
 
 def test_prompts_that_are_cut_are_told(finished, tmp_path):

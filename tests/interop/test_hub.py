@@ -100,7 +100,31 @@ def test_upload(saved, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise PermissionError("401 Client Error")
 
-    monkeypatch.setattr(Api, "create_repo", fail)
-    line = refused(*arguments, tmp_path / "again")
-    assert "as me/mine: 401 Client Error; see to the network and to `hf auth login`" in line
-    assert (tmp_path / "again/config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Api, "create_repo", fail)
+        line = refused(*arguments, tmp_path / "again")
+    assert "as me/mine: 401 Client Error; see to the network and to `hf auth login`, and" in line
+    left = files_of(tmp_path / "again")
+    uploaded.clear()
+
+    # what is there is uploaded, if it is what would be written
+    result = seqeff(*arguments, tmp_path / "again")
+    assert result.status == 0, result.errors
+    said = f"{tmp_path / 'again'} holds this export already", "https://hub/me/mine"
+    assert tuple(result.output.splitlines()) == said
+    assert uploaded["me/mine"] == files_of(tmp_path / "again") == left
+    uploaded.clear()
+    line = refused(*arguments, tmp_path / "again", "--dtype", "bfloat16")
+    expected = "exists already, with another content; give another --output"
+    assert line == f"{tmp_path / 'again'} {expected}"
+    (tmp_path / "again/further").touch()
+    assert "exists already, with another content" in refused(*arguments, tmp_path / "again")
+    assert not uploaded
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+
+
+@pytest.mark.parametrize("name", ["mine", "me/mine@main", "a/b/c", ""])
+def test_names_that_cannot_be_uploaded(saved, tmp_path, no_devices, name):
+    line = refused("export", saved.parent, "--to", "hf", "--output", tmp_path / "x", "--push", name)
+    assert line == f"--push {name} is no name of the hub: give OWNER/NAME".replace("  ", " ")
+    assert not (tmp_path / "x").exists()

@@ -310,6 +310,11 @@ def test_files_that_are_not_there_or_damaged(source, tmp_path):
     (source / "config.json").unlink()
     assert "holds no config.json" in line()
     (source / "config.json").write_text(settings)
+    beside = source / "tokenizer_config.json"
+    settings = beside.read_text()
+    beside.write_text("[]")
+    assert f"{beside} holds no JSON object" in line()
+    beside.write_text(settings)
     weights = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(weights[:1000])
     assert "cannot read" in line()

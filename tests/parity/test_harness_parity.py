@@ -1,13 +1,20 @@
 """Tasks of lm-evaluation-harness: the same scores as by its own backend for transformers."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import tokenizers
+from chat_templates import STRICT
 from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
-from hugging_face import END_OF_TEXT, LENGTH, write_tokenizer
+from hugging_face import END_OF_TEXT, LENGTH, make_run, write_tokenizer
 from tiny_run import seqeff
+from variants import MASKED
 
+from seqeff.data import ChatTemplate
 from seqeff.evaluation.harness import command
+from seqeff.runs import RunDirectory
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation", "local_tasks")]
 _TOKENS = 263
@@ -23,15 +30,15 @@ def tasks(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("harness") / "tasks")
 
 
-def theirs(folder):
+def theirs(folder, **settings):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3)
+    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3, **settings)
 
 
-def evaluated(model, tasks, names=TASKS, shots=None):
+def evaluated(model, tasks, names=TASKS, shots=None, chat=False):
     loaded = command.load_tasks(names, include=tasks, shots=shots, seed=3)
-    return command.evaluate(model, loaded.tasks, limit=None)
+    return command.evaluate(model, loaded.tasks, limit=None, chat=chat)
 
 
 def equal(found, expected):
@@ -79,6 +86,26 @@ def test_a_run_that_was_trained_here(finished, tasks, torch, tmp_path, capfd):
     assert responses(shots, "local_choice") != responses(found, "local_choice")
 
 
+@pytest.mark.parametrize("case", ["gpt-neox, bounded, full layers", "llama, all kinds"])
+def test_separators_through_the_modelling_file(case, tasks, torch, tmp_path, monkeypatch):
+    copies = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", copies)
+    # transformers draws ids without text too, as only random models do
+    run = make_run(tmp_path / "run", dataclasses.replace(MASKED[case][1], vocabulary_size=_TOKENS))
+    result = seqeff("export", run.path, "--to", "hf")
+    assert result.status == 0, result.errors
+    found = evaluated(harness_model(run.path), tasks)
+    equal(found, evaluated(theirs(run.path / "hf", trust_remote_code=True), tasks))
+    # the mask matters
+    dense = ["--gin.TransformerConfig.attention=@DenseAttention()"]
+    dense += ["--gin.TransformerConfig.layer_attention={}"]
+    result = seqeff("export", run.path, "--to", "hf", "--output", tmp_path / "dense", *dense)
+    assert result.status == 0, result.errors
+    other = evaluated(theirs(tmp_path / "dense"), tasks, ["local_word"])
+    chances = [[x[0] for x in responses(one, "local_word")] for one in (found, other)]
+    assert not np.allclose(*chances, atol=1e-2, rtol=0)
+
+
 def test_a_tokenizer_that_begins_texts(tasks, torch, tmp_path):
     transformers = pytest.importorskip("transformers")
     settings = transformers.LlamaConfig(
@@ -108,12 +135,25 @@ def test_a_tokenizer_that_begins_texts(tasks, torch, tmp_path):
         special_tokens=[(END_OF_TEXT, inner.token_to_id(END_OF_TEXT))],
     )
     inner.save(file)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {**settings, "chat_template": STRICT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     run = tmp_path / "run"
     result = seqeff("import", folder, run)
     assert result.status == 0, result.errors
     assert harness_model(run).tok_encode("a")[0] == harness_model(run).prefix_token_id
-    found = evaluated(harness_model(run), tasks)
-    equal(found, evaluated(theirs(folder), tasks))
+    found, hf = evaluated(harness_model(run), tasks), theirs(folder)
+    equal(found, evaluated(hf, tasks))
     # stop strings have ended some of them
     written = responses(found, "local_answer")
     assert len(set(map(len, written))) > 2, written
+
+    # the template begins texts itself, and its end of text is one token
+    chat = ChatTemplate.load(RunDirectory(run).tokenizer)
+    model, answering = harness_model(run, chat), ("local_choice", "local_answer")
+    begin = model.prefix_token_id
+    told = model.apply_chat_template([{"role": "user", "content": "a"}])
+    assert model.tok_encode(told).count(begin) == 1
+    talked = evaluated(model, tasks, answering, shots=1, chat=True)
+    equal(talked, evaluated(hf, tasks, answering, shots=1, chat=True))
+    assert responses(talked, "local_choice") != responses(found, "local_choice")

@@ -23,22 +23,81 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from seqeff.checks import UserError
-from seqeff.data import Tokenizer
+from seqeff.data import ChatTemplate, Tokenizer
 from seqeff.evaluation.harness.likelihood import Likelihoods, Pair, Score
-from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
+from seqeff.inference import Engine, Request, Sampling, failures
 from seqeff.models import TransformerConfig
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # settings of generation that change nothing at these values
-_NEUTRAL = {"num_beams": 1}
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "early_stopping": False,
+    "no_repeat_ngram_size": 0,
+    "use_cache": True,
+}
+# tokens to generate where a task does not say; as in the `hf` backend
+_TOKENS = 256
+
+
+def check_generation(tasks: Mapping[str, Any], tokenizer: Tokenizer, context: int) -> None:
+    """Refuses, before any work, tasks that ask the engine for what it does not have.
+
+    Raises:
+      UserError: names the task and the setting.
+    """
+    for name, task in tasks.items():
+        settings = task.get_config("generation_kwargs")
+        if settings and task.OUTPUT_TYPE == "generate_until":
+            try:
+                _request([tokenizer.begin_of_text], settings, tokenizer, context=context, seed=0)
+            except UserError as error:
+                raise UserError(f"--harness {name}: {error}") from error
+
+
+def _request(
+    prompt: Sequence[int],
+    settings: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    seed: int,
+) -> Request:
+    """What a request for generation asks the engine for.
+
+    Raises:
+      UserError: it asks for what the engine does not have, or leaves no room for a prompt.
+    """
+    try:
+        given = normalize_gen_kwargs(dict(settings), _TOKENS)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a task asks to generate with {dict(settings)}: {error}") from error
+    stops = handle_stop_sequences(given.pop("until"), eos=tokenizer.end_of_text_name)
+    tokens = given.pop("max_gen_toks")
+    # a temperature is left above 0 only where a task says `do_sample`, or says neither
+    given.pop("do_sample")
+    sampling: dict[str, Any] = {"temperature": 0.0, "top_k": None, "seed": seed}
+    sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
+    # as transformers writes that all may be drawn
+    sampling["top_k"] = sampling["top_k"] or None
+    for name, value in given.items():
+        if value is not None and (name not in _NEUTRAL or _NEUTRAL[name] != value):
+            raise UserError(f"a task asks to generate with {name} = {value}, which is not here")
+    if tokens >= context:
+        raise UserError(
+            f"a task generates up to {tokens} tokens, which leaves no room for a prompt in the "
+            f"context of {context}; --context gives more"
+        )
+    return Request(prompt=prompt, tokens=tokens, sampling=Sampling(**sampling), stops=stops)
 
 
 class HarnessModel(TemplateLM):
     """Answers the harness's requests as its own `hf` backend does for an exported model.
 
     Texts get the token before them that the tokenizer's own file adds, and nothing else; what is
-    too long for the context loses its beginning. Unlike there, special tokens are never read from
-    a text, and ids that the tokenizer does not have are never drawn.
+    too long for the context loses its beginning. Unlike there, special tokens are read from no
+    text but a chat template's, and ids that the tokenizer does not have are never drawn.
     """
 
     def __init__(
@@ -50,6 +109,7 @@ class HarnessModel(TemplateLM):
         context: int,
         slots: int,
         seed: int = 0,
+        chat: ChatTemplate | None = None,
     ) -> None:
         """
         Args:
@@ -58,10 +118,11 @@ class HarnessModel(TemplateLM):
           context: tokens that a text has at most, and a prompt with its continuation.
           slots: rows that are scored, and requests that are continued, at a time.
           seed: of the first request that is drawn; each further one has the next.
+          chat: makes the prompts of messages; special tokens are read from texts then.
         """
         super().__init__()
         self._config, self._parameters, self._tokens = config, parameters, tokenizer
-        self._context, self._slots, self._seed = context, slots, seed
+        self._context, self._slots, self._seed, self._chat = context, slots, seed, chat
         self._likelihoods = Likelihoods(config, parameters, rows=slots, length=context)
 
     @property
@@ -78,19 +139,38 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say; as in the `hf` backend."""
-        return 256
+        return _TOKENS
 
     @property
     def tokenizer_name(self) -> str:
         return self._tokens.fingerprint
 
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        if self._chat is None:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        try:
+            return self._chat.render(chat_history, answers=add_generation_prompt)
+        except UserError:
+            # as in the `hf` backend: some templates take no system's message
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            return self._chat.render(rest, answers=add_generation_prompt)
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        ids = self._tokens.encode(string)
-        if self._tokens.begins_texts and add_special_tokens is not False:
-            return [self._tokens.begin_of_text, *ids]
+        begin = self._tokens.begin_of_text
+        if self._chat is None:
+            ids, begun = self._tokens.encode(string), False
+        else:
+            ids = self._tokens.encode_marked(string)
+            # by the template itself
+            begun = ids[:1] == [begin] and add_special_tokens is None
+        if self._tokens.begins_texts and add_special_tokens is not False and not begun:
+            return [begin, *ids]
         return ids
 
     def loglikelihood(
@@ -121,7 +201,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         if not requests:
             return []
-        whole = [self._request(number, *x.args) for number, x in enumerate(requests)]
+        whole = [self._numbered(number, *x.args) for number, x in enumerate(requests)]
         self._tell_cut(len(x.prompt) + x.tokens > self._context for x in whole)
         made = [
             dataclasses.replace(x, prompt=x.prompt[-(self._context - x.tokens) :]) for x in whole
@@ -129,19 +209,16 @@ class HarnessModel(TemplateLM):
         # the longest first, so that the last to end are short
         order = sorted(range(len(made)), key=lambda n: (-len(made[n].prompt), n))
         ordered = [made[number] for number in order]
-        most = max(len(request.prompt) + request.tokens for request in made)
-        engine = Engine(
-            self._config,
-            self._tokens,
-            slots=min(self._slots, len(made)),
-            context=generation_context(self._config, most),
-            kept=most_kept_by(self._config, made),
+        engine = Engine.for_requests(
+            self._config, self._tokens, made, slots=self._slots, context=self._context
         )
         tokens: list[list[int]] = [[] for _ in made]
         with _bar("generated", len(made)) as bar:
             for piece in engine.stream(engine.prepare(self._parameters), ordered):
                 tokens[order[piece.request]] += piece.tokens
                 bar.update(piece.reason is not None)
+        if told := failures(engine.ended):
+            print(f"seqeff: {told}", file=sys.stderr)
         return [
             postprocess_generated_text(self._tokens.decode(ids), list(request.stops), None)
             for ids, request in zip(tokens, made, strict=True)
@@ -158,37 +235,10 @@ class HarnessModel(TemplateLM):
         with _bar("scored", len(pairs)) as bar:
             return self._likelihoods.scores(pairs, bar.update)
 
-    def _request(self, number: int, prompt: str, settings: Mapping[str, Any]) -> Request:
-        """What a request for generation asks the engine for.
-
-        Raises:
-          UserError: it asks for what the engine does not have, or leaves no room for a prompt.
-        """
-        given = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
-        stops = handle_stop_sequences(given.pop("until"), eos=self._tokens.end_of_text_name)
-        tokens = given.pop("max_gen_toks")
-        # a temperature is left above 0 only where a task says `do_sample`, or says neither
-        given.pop("do_sample")
-        sampling: dict[str, Any] = {
-            "temperature": 0.0,
-            "top_k": None,
-            "seed": (self._seed + number) % 2**32,
-        }
-        sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
-        for name, value in given.items():
-            if _NEUTRAL.get(name) != value:
-                raise UserError(f"a task asks to generate with {name} = {value}, which is not here")
-        if tokens >= self._context:
-            raise UserError(
-                f"a task generates up to {tokens} tokens, which leaves no room for a prompt in the "
-                f"context of {self._context}; --context gives more"
-            )
-        return Request(
-            prompt=self.tok_encode(prompt) or [self.prefix_token_id],
-            tokens=tokens,
-            sampling=Sampling(**sampling),
-            stops=stops,
-        )
+    def _numbered(self, number: int, prompt: str, settings: Mapping[str, Any]) -> Request:
+        ids = self.tok_encode(prompt) or [self.prefix_token_id]
+        seed = (self._seed + number) % 2**32
+        return _request(ids, settings, self._tokens, context=self._context, seed=seed)
 
     def _tell_cut(self, cut: Iterable[bool]) -> None:
         if count := sum(cut):

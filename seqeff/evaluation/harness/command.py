@@ -76,13 +76,14 @@ def load_tasks(
     return Loaded(loaded, seeds)
 
 
-def evaluate(model: Any, tasks: Any, limit: int | None) -> Mapping[str, Any]:
+def evaluate(model: Any, tasks: Any, limit: int | None, *, chat: bool = False) -> Mapping[str, Any]:
     """What the harness finds.
 
     Args:
       model: an `lm_eval.api.model.LM`.
       tasks: those loaded.
       limit: documents of each task; None: all.
+      chat: whether the model's chat template makes the prompts, examples as turns before.
 
     Raises:
       UserError: a task cannot be scored.
@@ -94,7 +95,12 @@ def evaluate(model: Any, tasks: Any, limit: int | None) -> Mapping[str, Any]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             found: Any = evaluator.evaluate(
-                lm=model, task_dict=tasks, limit=limit, bootstrap_iters=_RESAMPLED
+                lm=model,
+                task_dict=tasks,
+                limit=limit,
+                bootstrap_iters=_RESAMPLED,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
             )
     except Exception as error:
         if isinstance(error, UserError) or _is_ours(error):

@@ -13,16 +13,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from seqeff.checks import UserError
 from seqeff.data import Tokenizer
 from seqeff.evaluation.retrieval.example import Example, Question, Row
-from seqeff.inference import (
-    CacheUse,
-    Engine,
-    Request,
-    Sampling,
-    generation_context,
-    most_kept_by,
-)
+from seqeff.inference import CacheUse, Engine, Request, Sampling, failures
 from seqeff.models import TransformerConfig
 from seqeff.models.flops import abstract_model, entries_of_tokens
 
@@ -49,7 +43,7 @@ class Reader(Protocol):
 
 
 class ModelReader:
-    """A model that answers greedily.
+    """A model that answers greedily; a `UserError` where its output is not finite.
 
     Contexts with one question go through the engine, many at a time. A context with several is
     read once, by itself, and its questions begin with copies of its cache: so each costs its own
@@ -61,55 +55,26 @@ class ModelReader:
         config: TransformerConfig,
         parameters: Any,
         tokenizer: Tokenizer,
-        *,
+        groups: Sequence[Sequence[Example | Row]],
         slots: int,
-        context: int | None,
-        kept: int | None = None,
     ) -> None:
         """
         Args:
           config: of the model, knowing its vocabulary.
           parameters: of the `Transformer`.
-          slots, context, kept: see `Engine`.
+          groups: all examples, those together that are asked for together.
+          slots: at most; no more than a group, or a context's questions, can take.
         """
         self.use = CacheUse()
         self._parameters = parameters
-        self._engine = Engine(config, tokenizer, slots=slots, context=context, kept=kept)
+        texts = [x for group in groups for x in group if isinstance(x, Example)]
+        together = [*map(len, groups), *(len(example.questions) for example in texts)]
+        self._engine = Engine.for_requests(
+            config, tokenizer, _requests(texts), slots=min(slots, max(together, default=1))
+        )
         self._prepared = self._engine.prepare(parameters)
         size, graph = tokenizer.vocabulary_size, nnx.split(abstract_model(config))[0]
         self._predict = jax.jit(functools.partial(_predict, graph, size))
-
-    @classmethod
-    def fitting(
-        cls,
-        config: TransformerConfig,
-        parameters: Any,
-        tokenizer: Tokenizer,
-        groups: Sequence[Sequence[Example | Row]],
-        slots: int,
-    ) -> ModelReader:
-        """With room for the longest of the prompts and its answer.
-
-        Args:
-          groups: examples that are asked for together.
-          slots: at most; no more than a group, or a context's questions, can take.
-        """
-        together = max(map(len, groups), default=1)
-        texts = [x for group in groups for x in group if isinstance(x, Example)]
-        whole = [
-            len(example.context) + len(question.tokens) + question.wanted
-            for example in texts
-            for question in example.questions
-        ]
-        together = max([together, *(len(example.questions) for example in texts)])
-        return cls(
-            config,
-            parameters,
-            tokenizer,
-            slots=min(slots, together),
-            context=generation_context(config, max(whole, default=1)),
-            kept=most_kept_by(config, _requests(texts)),
-        )
 
     def answers(self, examples: Sequence[Example]) -> list[list[str]]:
         """See `Reader`."""
@@ -129,6 +94,8 @@ class ModelReader:
         texts: dict[int, str] = collections.defaultdict(str)
         for piece in self._engine.stream(self._prepared, requests, prefix):
             texts[piece.request] += piece.text
+        if told := failures(self._engine.ended):
+            raise UserError(told)
         use = self._engine.use
         self.use.add(use.tokens, use.read, use.resident)
         return [texts[number] for number in sorted(texts)]

@@ -53,7 +53,7 @@ def tokens(count):
 
 def reader_of(attention, examples, slots=3):
     config = dataclasses.replace(CONFIG, attention=attention)
-    return ModelReader.fitting(config, parameters_of(config), TOKENIZER, [examples], slots)
+    return ModelReader(config, parameters_of(config), TOKENIZER, [examples], slots)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
