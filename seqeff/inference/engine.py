@@ -17,7 +17,7 @@ from seqeff.checks import require
 from seqeff.data import Vocabulary
 from seqeff.inference import slots as device
 from seqeff.inference.requests import Occupant, Piece, Reason, Request, check_room
-from seqeff.inference.sampling import WAYS, Sampling, Settings
+from seqeff.inference.sampling import WAYS, Sampling, Settings, Way
 from seqeff.models import TransformerConfig, cached_parameters, most_kept
 from seqeff.models.caches import kind_of
 
@@ -111,7 +111,9 @@ class Engine:
             static_argnames="count",
         )
         self.read = jax.jit(
-            functools.partial(device.read_prompts, config, end), donate_argnames="slots"
+            functools.partial(device.read_prompts, config, end),
+            static_argnames="way",
+            donate_argnames="slots",
         )
         self.decode = jax.jit(
             functools.partial(device.decode, config, end, steps),
@@ -327,7 +329,12 @@ class _Run:
         settings = Settings.of([Sampling() if x is None else x.request.sampling for x in reading])
         chunk = device.Chunk(tokens, counts, begins, wanted, settings)
         self.slots, drawn = self._engine.read(
-            self._parameters, slots=self.slots, rows=rows, chunk=chunk, start=self._start
+            self._parameters,
+            slots=self.slots,
+            rows=rows,
+            chunk=chunk,
+            way=_way(reading),
+            start=self._start,
         )
         self._calls.append(_Call(drawn, tuple(reading), int(counts.sum())))
 
@@ -336,8 +343,13 @@ class _Run:
         for occupant in decoding:
             if occupant is not None:
                 occupant.scheduled += self._engine.steps
-        ways = {x.request.sampling.way for x in decoding if x is not None}
         self.slots, drawn = self._engine.decode(
-            self._parameters, slots=self.slots, way=max(ways, key=WAYS.index)
+            self._parameters, slots=self.slots, way=_way(decoding)
         )
         self._calls.append(_Call(drawn, decoding, None))
+
+
+def _way(occupants: Iterable[Occupant | None]) -> Way:
+    """The simplest that suits the requests of all of them."""
+    ways: set[Way] = {x.request.sampling.way for x in occupants if x is not None}
+    return max(ways, key=WAYS.index)

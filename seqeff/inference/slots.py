@@ -91,6 +91,7 @@ def read_prompts(
     slots: Slots,
     rows: Int[Array, " rows"] | None,
     chunk: Chunk,
+    way: Way,
     start: Slots | None = None,
 ) -> tuple[Slots, Drawn]:
     """Takes chunks of prompts in, and draws the first token after those that end.
@@ -99,6 +100,7 @@ def read_prompts(
       end: the token after which nothing is drawn.
       parameters: of the `CachedTransformer`.
       rows: slots of the chunks' rows; None: all, in order.
+      way: that suits all of the chunks' settings.
       start: one slot, which has read what comes before every prompt; None: nothing does.
     """
     taken = slots if rows is None else select_rows(slots, rows)
@@ -116,10 +118,7 @@ def read_prompts(
     seen = _marked(taken.seen, chunk.tokens, real)
     taken = Slots(taken.cache, taken.token, left, drawn, settings, seen)
     is_real = chunk.wanted > 0
-    # one program for all settings: few chunks of a prompt follow each other, unlike steps
-    taken, found = _step(
-        config, end, parameters, taken, chunk.tokens, chunk.count, is_real, "filtered"
-    )
+    taken, found = _step(config, end, parameters, taken, chunk.tokens, chunk.count, is_real, way)
     return taken if rows is None else replace_rows(slots, rows, taken), found
 
 
