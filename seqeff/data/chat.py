@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from seqeff.checks import UserError
 from seqeff.data.files import decode_utf8, read_bytes
@@ -146,7 +146,7 @@ def _compiled(text: str) -> Any:
     class Generation(jinja2.ext.Extension):
         """What answers are enclosed in, for training on them; it changes no text."""
 
-        tags = frozenset({"generation"})
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
