@@ -13,6 +13,7 @@ import pytest
 from tiny_run import STEPS, environment, files_of, refused, seqeff, steps_of, write_json_lines
 
 from seqeff import __version__
+from seqeff import cli
 from seqeff.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -165,6 +166,16 @@ def test_a_platform_that_is_not_here_is_one_line(tiny, finished, tmp_path):
         assert "seqeff: no device is found (JAX_PLATFORMS = cuda)" in ended.stderr.splitlines()[-1]
         assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "count"), [("generate", 1), ("eval", 2), ("bench data", 1), ("bench attention", 1)]
+)
+def test_help_says_what_becomes_of_a_file_that_is_there(command, count, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("one that is there is replaced once there is something to write") == count
 
 
 def test_another_run_is_not_overwritten(copied, tiny):
