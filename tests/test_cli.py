@@ -13,7 +13,6 @@ import pytest
 from tiny_run import STEPS, environment, files_of, refused, seqeff, steps_of, write_json_lines
 
 from seqeff import __version__
-from seqeff import cli
 from seqeff.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -173,7 +172,7 @@ def test_a_platform_that_is_not_here_is_one_line(tiny, finished, tmp_path):
 )
 def test_help_says_what_becomes_of_a_file_that_is_there(command, count, capsys):
     with pytest.raises(SystemExit):
-        cli.main([*command.split(), "--help"])
+        main([*command.split(), "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("one that is there is replaced once there is something to write") == count
 
