@@ -3,6 +3,7 @@
 import functools
 import random
 
+import jax
 import pytest
 from hugging_face import model_of
 from tiny_run import WORDS, sentence, write_json_lines
@@ -83,8 +84,8 @@ def write_tasks(folder):
     return folder
 
 
-def harness_model(path, chat=None):
-    """The model of a run directory, four rows at a time."""
+def harness_model(path, chat=None, change=lambda x: x):
+    """The model of a run directory, four rows at a time, with every parameter changed so."""
     from seqeff.evaluation.harness._model import HarnessModel
 
     run = RunDirectory(path)
@@ -92,7 +93,7 @@ def harness_model(path, chat=None):
     train = config.load(run.operative_config).root
     return HarnessModel(
         train.model.for_vocabulary(tokenizer.vocabulary()),
-        model_of(path)[1],
+        jax.tree.map(change, model_of(path)[1]),
         tokenizer,
         context=train.data.sequence_length,
         slots=4,

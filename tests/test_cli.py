@@ -167,6 +167,16 @@ def test_a_platform_that_is_not_here_is_one_line(tiny, finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "count"), [("generate", 1), ("eval", 2), ("bench data", 1), ("bench attention", 1)]
+)
+def test_help_says_what_becomes_of_a_file_that_is_there(command, count, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("one that is there is replaced once there is something to write") == count
+
+
 def test_another_run_is_not_overwritten(copied, tiny):
     before = files_of(copied)
     line = refused(

@@ -170,7 +170,8 @@ def _check_same_run(run: RunDirectory, before: object, config: object) -> None:
     from seqeff.training import MAY_CHANGE
 
     old, new = flatten(before), flatten(config)
-    differing, replaced = [], tuple[str, ...]()
+    differing: list[str] = []
+    replaced: tuple[str, ...] = ()
     for path in sorted(old.keys() | new.keys()):
         free = any(f"{path}.".startswith(f"{name}.") for name in MAY_CHANGE)
         # the fields of another class say nothing further

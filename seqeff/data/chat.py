@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from seqeff.checks import UserError
-from seqeff.data.files import decode_utf8, read_bytes
+from seqeff.data.files import decode_utf8, read_bytes, read_object
 
 _FILE = "chat_template.jinja"
 _SETTINGS_FILE, _SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
@@ -44,7 +44,9 @@ class ChatTemplate(NamedTuple):
             Jinja is absent.
         """
         beside = directory / _SETTINGS_FILE
-        settings = {**_object(directory / _SPECIAL_FILE), **_object(beside)}
+        settings: dict[str, Any] = {}
+        for kept in (directory / _SPECIAL_FILE, beside):
+            settings |= read_object(kept) if kept.is_file() else {}
         file = directory / _FILE
         if file.is_file():
             text: Any = decode_utf8(read_bytes(file), str(file))
@@ -110,19 +112,6 @@ class ChatTemplate(NamedTuple):
         return text[:place] if kept else text[:place].rstrip()
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """The object of a JSON file; an empty one without it."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(decode_utf8(read_bytes(file), str(file)))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no JSON object; repair it, or take it away")
-    return values
-
-
 def _spelling(value: Any) -> str | None:
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
@@ -132,9 +121,9 @@ def _spelling(value: Any) -> str | None:
 def _compiled(text: str) -> Any:
     """The template with what `transformers` offers to one."""
     try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
+        import jinja2  # pyright: ignore[reportMissingImports]
+        import jinja2.ext  # pyright: ignore[reportMissingImports]
+        import jinja2.sandbox  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise UserError("--apply-chat-template needs a package: pip install jinja2") from error
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)))[:3] < _JINJA:
@@ -146,7 +135,7 @@ def _compiled(text: str) -> Any:
     class Generation(jinja2.ext.Extension):
         """What answers are enclosed in, for training on them; it changes no text."""
 
-        tags = frozenset({"generation"})
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

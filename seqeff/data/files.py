@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from seqeff.checks import UserError
 
@@ -72,6 +74,17 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object of a JSON file; a `UserError` where it holds none, or cannot be read."""
+    try:
+        values = json.loads(decode_utf8(read_bytes(file), str(file)))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no JSON object; repair it, or take it away")
+    return values
 
 
 def decode_utf8(data: bytes, place: str) -> str:

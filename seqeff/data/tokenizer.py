@@ -18,7 +18,7 @@ from jaxtyping import Int32
 
 from seqeff.checks import UserError
 from seqeff.data.cache import canonical_json
-from seqeff.data.files import decode_utf8, existing_file, nearest, read_bytes
+from seqeff.data.files import decode_utf8, existing_file, nearest, read_bytes, read_object
 from seqeff.data.token_bytes import token_to_bytes
 
 END_OF_TEXT_NAMES = (
@@ -259,13 +259,7 @@ def _named_beside(file: Path) -> str | None:
     beside = file.with_name(_SETTINGS_FILE)
     if not beside.is_file():
         return None
-    try:
-        settings = json.loads(decode_utf8(read_bytes(beside), str(beside)))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{beside} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{beside} holds no JSON object; repair it, or take it away")
-    name = settings.get("eos_token")
+    name = read_object(beside).get("eos_token")
     name = name.get("content") if isinstance(name, dict) else name
     if not (name is None or isinstance(name, str)):
         raise UserError(f"{beside}: eos_token = {name!r} is no text; give that of the token")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from seqeff.checks import UserError
-from seqeff.data.files import decode_utf8, read_bytes
+from seqeff.data.files import read_object
 
 Value = TypeVar("Value")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -32,13 +31,7 @@ class Settings:
         Raises:
           UserError: it cannot be read, or is no JSON object.
         """
-        try:
-            values = json.loads(decode_utf8(read_bytes(file), str(file)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{file} holds no JSON object")
-        return cls(values, str(file))
+        return cls(read_object(file), str(file))
 
     def required(self, name: str, kind: type[Value]) -> Value:
         """A value.

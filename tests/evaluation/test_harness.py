@@ -1,9 +1,11 @@
 """`seqeff eval --harness`: its table, its report, and what it refuses; all without torch."""
 
 import json
+import math
 import sys
 import types
 
+import numpy as np
 import pytest
 from chat_templates import STRICT
 from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
@@ -184,6 +186,19 @@ def test_generation_that_is_not_here_is_refused_before_any_work(
     line = refused("eval", finished, "--harness", tasks / "local_text.yaml", file)
     assert line.startswith("--harness own: ")
     assert expected in line
+
+
+def test_what_is_not_finite_is_told(finished, capsys):
+    model = harness_model(finished)
+    asked = [types.SimpleNamespace(args=("the cat", text)) for text in (" sat", " ran")]
+    assert all(map(math.isfinite, (chance for chance, _ in model.loglikelihood(asked))))
+    assert "not finite" not in capsys.readouterr().err
+    broken = harness_model(finished, change=lambda x: x * np.nan)
+    assert all(math.isnan(chance) for chance, _ in broken.loglikelihood(asked))
+    assert "seqeff: 2 of 2 scores are not finite: see to the run's" in capsys.readouterr().err
+    settings = {"max_gen_toks": 5}
+    assert broken.generate_until([types.SimpleNamespace(args=("the cat", settings))]) == [""]
+    assert "seqeff: 1 of 1 continuations end early" in capsys.readouterr().err
 
 
 def test_a_chat_template(copied, tasks, tmp_path, monkeypatch):

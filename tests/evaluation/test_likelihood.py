@@ -21,19 +21,22 @@ ATTENTIONS = {
     "separators": SeparatorAttention(
         window=5, initial_tokens=2, separators=3, separator_ids=(0, 3, 7), positions="compact"
     ),
+    "window": DenseAttention(window=9),
 }
+LAYERS = {0: DenseAttention(), 1: DenseAttention(window=4)}
 
 
-def random_model(attention):
+def random_model(attention, **changes):
     config = TransformerConfig(
         vocabulary_size=VOCABULARY,
         width=16,
-        layers=2,
+        layers=3 if changes else 2,
         projections=HeadProjections(heads=2),
         feed_forward=FeedForward(hidden=24),
         attention=attention,
         dtype="float32",
         attention_backend="reference",
+        **changes,
     )
     graph, state = nnx.split(config.make(nnx.Rngs(0)))
     random = np.random.default_rng(0)
@@ -41,9 +44,11 @@ def random_model(attention):
     return config, graph, parameters
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", [*ATTENTIONS, "layers"])
 def test_scores(attention, quick_compilation):
-    config, graph, parameters = random_model(ATTENTIONS[attention])
+    changes = {"layer_attention": LAYERS} if attention == "layers" else {}
+    attention = "separators" if changes else attention
+    config, graph, parameters = random_model(ATTENTIONS[attention], **changes)
 
     @jax.jit
     def row_logits(tokens):

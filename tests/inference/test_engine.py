@@ -12,7 +12,7 @@ from seqeff.checks import ConfigError, UserError
 from seqeff.data import Tokenizer
 from seqeff.inference import Engine, Request, Sampling, failures, generation_context, most_kept_by
 from seqeff.inference import engine as engine_module
-from seqeff.models import SeparatorAttention
+from seqeff.models import DenseAttention, SeparatorAttention
 from seqeff.models.flops import entries_of_tokens
 from seqeff.models.positions import BilevelPositions, LearnedPositions
 
@@ -30,6 +30,17 @@ ATTENTIONS = {
     "compact": {"attention": dataclasses.replace(BOUNDED, positions="compact")},
     "published": {"attention": dataclasses.replace(BOUNDED, positions="compact", cache_entries=24)},
     "segments": {"positions": BilevelPositions(separator_ids=SEPARATORS)},
+    "window": {"attention": DenseAttention(window=9)},
+    "layers": {
+        "layers": 4,
+        "attention": UNBOUNDED,
+        "layer_attention": {0: DenseAttention(), 1: DenseAttention(window=9), -1: BOUNDED},
+    },
+    "constant layers": {
+        "layers": 3,
+        "attention": BOUNDED,
+        "layer_attention": {0: DenseAttention(window=5), -1: DenseAttention(window=30)},
+    },
 }
 
 
@@ -250,6 +261,30 @@ def test_stop_strings(made, tokenizer, steps, monkeypatch):
     assert found[0][:2] == (text, tokens)
 
 
+def test_prompts_of_any_length_where_every_layer_is_constant(made, tokenizer):
+    """Batch mates far beyond any context, beside short ones."""
+    for name in ("window", "constant layers"):
+        config, model = made(name)
+        assert generation_context(config, CONTEXT) is None
+        long, short = (
+            Request(prompt=prompt, tokens=6, sampling=GREEDY) for prompt in prompts(1100, 7)
+        )
+        engine = Engine(config, tokenizer, slots=2, steps=4)
+        found = gather(engine, model, [long, short])
+        for request, (_, tokens, _, reason) in zip((long, short), found, strict=True):
+            assert reason in ("length", "end")
+            logits = logits_of(model, [*request.prompt, *tokens], tokenizer.vocabulary_size)
+            rows = logits[len(request.prompt) - 1 : -1]
+            drawn = np.take_along_axis(rows, np.asarray(tokens, int)[:, None], 1)[:, 0]
+            np.testing.assert_allclose(drawn, rows.max(1)[: len(tokens)], atol=1e-4)
+        entries = [
+            entries_of_tokens(config, jnp.asarray([[*r.prompt, *x[1]][: len(r.prompt) + 5]]), None)
+            for r, x in zip((long, short), found, strict=True)
+        ]
+        assert engine.use.read == pytest.approx(sum(float(read.sum()) for read, _ in entries))
+        assert engine.use.resident == max(int(most.max()) for _, most in entries)
+
+
 def test_the_caches_use_is_that_of_the_mask(made, tokenizer):
     config, model = made("compact")
     assert generation_context(config, CONTEXT) is None
@@ -300,7 +335,7 @@ def test_engines_that_cannot_be(made, tokenizer, values):
         Engine(made("dense")[0], tokenizer, **values)
 
 
-@pytest.mark.parametrize("name", ["dense", "separators", "published", "segments"])
+@pytest.mark.parametrize("name", ["dense", "separators", "published", "segments", "layers"])
 def test_a_prefix_is_read_once(name, made, tokenizer):
     """What prompts that begin alike give, without reading their beginning again."""
     config, model = made(name)
@@ -312,13 +347,15 @@ def test_a_prefix_is_read_once(name, made, tokenizer):
     engine = Engine(config, tokenizer, slots=3, context=CONTEXT, kept=kept, steps=4)
     expected = gather(engine, model, whole)
     alone = engine.use
+    without = gather(engine, model, requests)
     found = gather(engine, model, requests, prefix)
     for one, other in zip(found, expected, strict=True):
         assert (one[0], one[1], one[3]) == (other[0], other[1], other[3])
         np.testing.assert_allclose(one[2], other[2], atol=1e-5)
     assert engine.use.tokens == alone.tokens - (len(requests) - 1) * len(prefix)
     # the next stream knows nothing of it
-    assert gather(engine, model, requests)[0][1] != found[0][1]
+    assert gather(engine, model, requests) == without
+    assert not any(one[2] == other[2] for one, other in zip(found, without, strict=True))
 
 
 def test_a_prefix_draws_nothing(made, tokenizer):

@@ -6,6 +6,7 @@ Needs that package, so it is no module that configs find classes in.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -233,7 +234,14 @@ class HarnessModel(TemplateLM):
             )
         self._tell_cut(sum(map(len, pair)) > self._context + 1 for pair in pairs)
         with _bar("scored", len(pairs)) as bar:
-            return self._likelihoods.scores(pairs, bar.update)
+            scores = self._likelihoods.scores(pairs, bar.update)
+        if broken := sum(not math.isfinite(score.log_probability) for score in scores):
+            print(
+                f"seqeff: {broken:,} of {len(scores):,} scores are not finite: see to the run's "
+                "losses, and try an earlier --checkpoint",
+                file=sys.stderr,
+            )
+        return scores
 
     def _numbered(self, number: int, prompt: str, settings: Mapping[str, Any]) -> Request:
         ids = self.tok_encode(prompt) or [self.prefix_token_id]
