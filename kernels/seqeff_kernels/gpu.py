@@ -30,6 +30,11 @@ def multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", 132)
 
 
+def shared_memory() -> int:
+    """Bytes that a program of the default device may take; Hopper's where it is not a GPU."""
+    return getattr(jax.devices()[0], "shared_memory_per_block_optin", 227 * 1024)
+
+
 def partition_obstacle() -> str | None:
     """Why a kernel cannot serve arrays that XLA splits over the mesh in use, or None."""
     mesh = jax.sharding.get_abstract_mesh()

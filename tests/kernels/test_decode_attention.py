@@ -274,7 +274,7 @@ def test_plans_are_cut_to_what_the_device_has_room_for(
     capability, memory, head_dim, points, monkeypatch
 ):
     monkeypatch.setattr(gpu, "compute_capability", lambda: capability)
-    monkeypatch.setattr(planning, "shared_memory", lambda: 1024 * memory)
+    monkeypatch.setattr(gpu, "shared_memory", lambda: 1024 * memory)
     monkeypatch.setattr(gpu, "multiprocessors", lambda: 2000)
     sizes = Sizes(batch=1, kv_heads=1, points=points, head_dim=head_dim, entries=1 << 20)
     planned = plan(sizes, 2)

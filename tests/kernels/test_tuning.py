@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from seqeff_kernels import PackedIndices, RangeSource, TokenSource, tune, tuning
+from seqeff_kernels import PackedIndices, RangeSource, TokenSource, measuring, tune, tuning
 from seqeff_kernels.decode_attention import mosaic as decode_mosaic
 from seqeff_kernels.decode_attention.plan import Plan
 from seqeff_kernels.range_attention import mosaic, triton
@@ -211,7 +211,7 @@ def test_the_search_skips_what_fails_and_keeps_the_best(capsys):
         tune.Step("forward", ({"workers": 3}, {"stages": 5}, {"workers": 2})),
         tune.Step("training", ({"backward_stages": 1}, {"workers": 2, "backward_stages": 3})),
     )
-    plan, times = tune.search(mosaic.Tiles(), steps, timer)
+    plan, times = measuring.search(mosaic.Tiles(), steps, timer)
     assert plan == mosaic.Tiles(workers=3, backward_stages=1)
     assert times == {"forward": 1.0, "training": 2.0}
     # the start is a candidate of each step, and none is timed twice
@@ -228,8 +228,8 @@ def test_a_search_without_a_working_candidate_writes_nothing(tmp_path, capsys):
     def timer(plan, timed):
         raise NotImplementedError("no")
 
-    assert tune.search(mosaic.Tiles(), tune.MOSAIC_STEPS, timer) is None
-    written = tune.Journal(tmp_path / "journal")
+    assert measuring.search(mosaic.Tiles(), tune.MOSAIC_STEPS, timer) is None
+    written = measuring.Journal(tmp_path / "journal")
     assert not tune._record(tmp_path / "x.json", "attention", "mosaic", "key", None, written)
     assert not list(tmp_path.iterdir())
     assert "no candidate works" in capsys.readouterr().out
@@ -243,7 +243,7 @@ def test_a_step_without_a_working_candidate_keeps_the_plan_of_earlier_ones():
 
     steps = (tune.Step("forward", ({"workers": 3},)), tune.Step("training", ({"buffers": 1},)))
     start = mosaic.Tiles(take_turns=False)
-    found = tune.search(start, steps, timer)
+    found = measuring.search(start, steps, timer)
     assert found == (dataclasses.replace(start, workers=3), {"forward": 1 / 3})
 
 
@@ -259,25 +259,26 @@ def test_the_journal_keeps_times_and_reasons(tmp_path, monkeypatch):
         return 2.0
 
     for _ in range(2):
-        timed = tune.Journal(path).timed("triton key", timer)
+        timed = measuring.Journal(path).timed("triton key", timer)
         assert timed("good", "forward") == 2.0
-        with pytest.raises(tune.Skipped, match=r"^RuntimeError: no room$"):
+        with pytest.raises(measuring.Skipped, match=r"^RuntimeError: no room$"):
             timed("bad", "forward")
     assert called == ["good", "bad"]
     # another pass, another backend
-    assert timed("good", "training") == tune.Journal(path).timed("mosaic", timer)("good", "forward")
+    again = measuring.Journal(path).timed("mosaic", timer)
+    assert timed("good", "training") == again("good", "forward")
     assert len(called) == 4
-    monkeypatch.setattr(tune.Journal, "_device_works", lambda _: False)
+    monkeypatch.setattr(measuring.Journal, "_device_works", lambda _: False)
     with pytest.raises(SystemExit, match="the device is unusable: RuntimeError: no room"):
         timed("bad", "training")
-    assert tune.Journal(path).begun() == "triton key training bad"
+    assert measuring.Journal(path).begun() == "triton key training bad"
 
 
 def test_the_journal_tells_who_waits(tmp_path):
     path, lock = tmp_path / "journal", tmp_path / "lock"
     for file in (path, lock):
         file.touch()
-    first, second = tune.Journal(path, lock), tune.Journal(tmp_path / "other", lock)
+    first, second = measuring.Journal(path, lock), measuring.Journal(tmp_path / "other", lock)
     (tmp_path / "other").touch()
 
     def use():
@@ -310,7 +311,7 @@ def test_every_candidate_is_a_plan():
         ),
     ):
         counted = []
-        found = tune.search(
+        found = measuring.search(
             start, steps, lambda plan, timed, seen=counted: seen.append(plan) or 1.0
         )
         assert found[0] == start
@@ -436,7 +437,7 @@ def test_several_tasks_run_in_processes_of_their_own(monkeypatch, tmp_path, caps
         failed = "128" in call
         return int(failed), "  best\n", "out of memory"
 
-    monkeypatch.setattr(tune, "_run_process", run)
+    monkeypatch.setattr(measuring, "_run_process", run)
     arguments = ["attention", "wide-2k", "--window", "64", "128", "--missing", "--timeout", "7"]
     arguments += ["--kind", "separators", "window", "causal"]
     assert tune.main([*arguments, "--table", str(tmp_path / "x.json"), "--processes", "2"]) == 1
@@ -459,7 +460,7 @@ PROCESS = """
     import os, sys, time
     from pathlib import Path
     from types import SimpleNamespace
-    from seqeff_kernels import tune
+    from seqeff_kernels import measuring, tune
     from seqeff_kernels.decode_attention.plan import Plan
 
     def timer(plan, timed):
@@ -474,7 +475,7 @@ PROCESS = """
         start = Plan(tile_entries=64, splits=1, num_warps=4, num_stages=3)
         with journal.alone():
             pass
-        found = tune.search(start, steps, journal.timed("triton key", timer))
+        found = measuring.search(start, steps, journal.timed("triton key", timer))
         return tune._record(path, "decode", "triton", "key", found, journal)
 
     tune.gpu.compute_capability = lambda: (9, 0)
@@ -482,7 +483,8 @@ PROCESS = """
     sys.exit(tune.main())
 """
 STICKY = (
-    "tune.Journal._device_works = lambda _: False; raise RuntimeError('CUDA_ERROR_ILLEGAL_ADDRESS')"
+    "measuring.Journal._device_works = lambda _: False; "
+    "raise RuntimeError('CUDA_ERROR_ILLEGAL_ADDRESS')"
 )
 
 
@@ -520,7 +522,7 @@ def test_a_candidate_that_ends_its_process_is_skipped(
 def test_a_process_that_ends_without_a_candidate_is_a_failure(script, reason, tmp_path, capsys):
     path = tmp_path / "journal"
     path.touch()
-    assert not tune._run_task([sys.executable, "-c", script], tune.Journal(path), 1.0)
+    assert not measuring.run_task([sys.executable, "-c", script], measuring.Journal(path), 1.0)
     assert reason in capsys.readouterr().out
 
 
@@ -528,7 +530,7 @@ def test_a_process_that_waits_for_the_device_is_not_ended(tmp_path):
     path = tmp_path / "journal"
     path.write_text('{"waits": true}\n')
     call = [sys.executable, "-c", "import time; time.sleep(1)"]
-    assert tune._run_process(call, tune.Journal(path), 0.1) == (0, "", "")
+    assert measuring._run_process(call, measuring.Journal(path), 0.1) == (0, "", "")
 
 
 @pytest.mark.parametrize("kind", tune.attention_shapes.KINDS)

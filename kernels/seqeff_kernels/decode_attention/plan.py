@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import jax
 from jax import Array
 
 from seqeff_kernels import gpu, tuning
@@ -104,7 +103,7 @@ def plan(sizes: Sizes, itemsize: int) -> Plan:
     tile = min(tile, max(_LEAST_TILE, power_of_two(entries)))
     warps = 8 if wide and row_bytes >= 512 else 4
     stages = most = 3 if wide else 4
-    memory = shared_memory()
+    memory = gpu.shared_memory()
     while (taken := program_memory(sizes, itemsize, tile, stages)) > memory:
         if stages > _LEAST_STAGES:
             stages -= 1
@@ -131,11 +130,6 @@ def plan(sizes: Sizes, itemsize: int) -> Plan:
 def query_tile(points: int) -> int:
     """Points in a program's tile: all of a KV head up to 64, and at least a tensor core's 16."""
     return max(16, min(64, power_of_two(points)))
-
-
-def shared_memory() -> int:
-    """Bytes that a program of the default device may take; Hopper's where it is not a GPU."""
-    return getattr(jax.devices()[0], "shared_memory_per_block_optin", 227 * 1024)
 
 
 def program_memory(sizes: Sizes, itemsize: int, tile_entries: int, stages: int) -> int:
