@@ -1,4 +1,7 @@
-"""Attention operations for JAX, usable without the rest of seqeff."""
+"""Attention operations for JAX, usable without the rest of seqeff.
+
+Beside each operation, in its module, is `explain`: why a backend can or cannot serve a call.
+"""
 
 from seqeff_kernels.decode_attention import CacheBlock, decode_attention
 from seqeff_kernels.range_attention import (
@@ -8,11 +11,11 @@ from seqeff_kernels.range_attention import (
     Source,
     TokenSource,
     cost,
-    explain,
     gather,
     pack,
     range_attention,
 )
+from seqeff_kernels.rotate_and_append import rotate_and_append
 
 __all__ = [
     "CacheBlock",
@@ -23,8 +26,8 @@ __all__ = [
     "TokenSource",
     "cost",
     "decode_attention",
-    "explain",
     "gather",
     "pack",
     "range_attention",
+    "rotate_and_append",
 ]

@@ -133,10 +133,11 @@ def test_a_plan_that_is_listed_for_fewer_blocks_is_cut_to_what_fits(tmp_path, mo
 
 
 @needs_mosaic
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("head_dim", mosaic.HEAD_DIMS)
-def test_shared_points_take_the_memory_that_is_counted(head_dim):
+def test_shared_points_take_the_memory_that_is_counted(head_dim, splits):
     call = shapes_of(head_dim, 64, own=0, blocks=1)
-    plan = mosaic.Plan(splits=2, stages=3, share_points=True)
+    plan = mosaic.Plan(splits=splits, stages=3, share_points=True)
     assert plan.fitted(Sizes.of(*call)) == plan
     found = shared_memory(lambda *call: mosaic.attend(*call, 0.1, plan)[0], *call)
     tiles = Tiles(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqeff_kernels import RangeSource, TokenSource, explain, gpu, range_attention, tuning
-from seqeff_kernels.range_attention import automatic, cudnn, mosaic, triton, xla
+from seqeff_kernels import RangeSource, TokenSource, gpu, range_attention, tuning
+from seqeff_kernels.range_attention import automatic, cudnn, explain, mosaic, triton, xla
 from seqeff_kernels.range_attention.shapes import Shape, tokens
 
 SHAPE = Shape(batch=2, length=40, heads=4, kv_heads=2, head_dim=16)

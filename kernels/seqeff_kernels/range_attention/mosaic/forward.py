@@ -61,6 +61,7 @@ def forward(
     block, workers, stages = tiles.block_rows, tiles.workers, tiles.stages
     cut = Rows(rows, heads, sources, plan.entries, tiles, splits)
     largest = max(plan.entries)
+    handed_columns = tiles.handed_columns(head_dim)
 
     def kernel(query_refs, source_refs, output_ref, logsumexp_ref, scratch):
         rows_scratch, key_scratch, value_scratch, turn, asked, given = scratch
@@ -173,15 +174,18 @@ def forward(
 
                 weighted, maximum, total = carry
                 if tiles.share_rows:
-                    halves = weighted[:, : head_dim // 2], weighted[:, head_dim // 2 :]
+                    parts = [
+                        weighted[:, column : column + handed_columns]
+                        for column in range(0, head_dim, handed_columns)
+                    ]
 
                     @pl.when(worker == 1)
                     def _():
-                        hand_over(own, halves, maximum, total)
+                        hand_over(own, parts, maximum, total)
 
                     @pl.when(worker == 0)
                     def _():
-                        write(place, own, *merged(own, halves, maximum, total))
+                        write(place, own, *merged(own, parts, maximum, total))
 
                 else:
                     write(place, own, [weighted], maximum, total)
@@ -211,28 +215,27 @@ def forward(
                     )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def hand_over(own, halves, maximum, total):
-                """Gives the other worker what this one found, half after half, as it asks."""
+            def hand_over(own, parts, maximum, total):
+                """Gives the other worker what this one found, part after part, as it asks."""
                 for which, numbers in enumerate((maximum, total)):
                     bounds_smem[own, len(cut.listed), which] = lax.bitcast_convert_type(
                         numbers, jnp.int32
                     )
-                for half in halves:
+                for part in parts:
                     plgpu.barrier_wait(asked)
-                    handed_smem[0][...] = half
+                    handed_smem[0][...] = part
                     plgpu.barrier_arrive(given)
 
-            def merged(own, halves, maximum, total):
+            def merged(own, parts, maximum, total):
                 """With what the other worker hands over."""
 
-                def handed_half():
+                def handed():
                     # into the place of the queries, which this worker needs no more
                     plgpu.barrier_arrive(asked)
                     plgpu.barrier_wait(given)
                     return load_tile(handed_smem[0])
 
-                first, second = halves
-                other_first = handed_half()
+                other_first = handed()
                 other_maximum, other_total = (
                     lax.bitcast_convert_type(
                         load_rows(bounds_smem.at[own, len(cut.listed), which]), jnp.float32
@@ -242,12 +245,12 @@ def forward(
                 highest = jnp.maximum(maximum, other_maximum)
                 share, other_share = (jnp.exp2(m - highest) for m in (maximum, other_maximum))
 
-                def summed(half, other):
-                    return half * spread(share, half, 0) + other * spread(other_share, half, 0)
+                def summed(part, other):
+                    return part * spread(share, part, 0) + other * spread(other_share, part, 0)
 
-                parts = [summed(first, other_first)]
-                parts.append(summed(second, handed_half()))
-                return parts, highest, total * share + other_total * other_share
+                first, *rest = parts
+                sums = [summed(first, other_first), *(summed(part, handed()) for part in rest)]
+                return sums, highest, total * share + other_total * other_share
 
             for_each_item(cut.items, one_item, jnp.int32(0))
 
@@ -274,7 +277,7 @@ def forward(
     own_blocks = (tiles.buffers, len(queries), tiles.blocks_of_program, block, head_dim)
     places = (shared_memory(own_blocks, dtype),)
     if tiles.share_rows:
-        places = one_place(*places, shared_memory((block, head_dim // 2), jnp.float32))
+        places = one_place(*places, shared_memory((block, handed_columns), jnp.float32))
     tile_ring = functools.partial(Ring.scratch, copies=1, workers=workers)
     tile = shared_memory((stages, largest, head_dim), dtype)
     return plgpu.kernel(

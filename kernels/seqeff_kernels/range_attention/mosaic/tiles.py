@@ -12,6 +12,8 @@ BLOCK = 64  # rows of a tensor core product
 # bytes of a program; what its arrays, each, are aligned to; and of a barrier
 SHARED_MEMORY = 227 * 1024
 _ALIGNED = 1024
+# 16-bit numbers of a swizzle, of which the output is written a multiple at a time
+_SWIZZLED = 64
 _BARRIER = 8
 # scratch of reductions, of which none crosses warps
 REDUCTION_BYTES = 512
@@ -76,6 +78,11 @@ class Tiles:
         """Rows of all of a program's compute workers."""
         return self.block_rows * self.blocks_of_program
 
+    @staticmethod
+    def handed_columns(head_dim: int) -> int:
+        """Columns that a worker hands to another at a time: half of them, but a whole swizzle."""
+        return max(_SWIZZLED, head_dim // 2)
+
     def shared_memory(self, head_dim: int, queries: int, sources: int) -> int:
         """Bytes of shared memory of a forward program, of 16-bit numbers.
 
@@ -84,8 +91,10 @@ class Tiles:
         """
         rows = self.buffers * self.rows_of_program
         tile = self.stages * max(self.block_entries, self.window_entries)
+        handed = self.block_rows * self.handed_columns(head_dim) if self.share_rows else 0
         arrays = (
-            2 * head_dim * rows * queries,
+            # in the place of the queries is what a worker hands to another
+            max(2 * head_dim * rows * queries, 4 * handed),
             2 * head_dim * tile,
             2 * head_dim * tile,
             # start and end of each source, and two numbers that a worker hands to another
