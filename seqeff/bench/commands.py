@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,7 @@ def attention(
     rows = attention_bench.benchmark_attention(
         names, windows, kinds=kinds, backends=backends, density=density, rivals=rivals
     )
-    print(attention_bench.HEADER, flush=True)
-    _tell("attention", rows, attention_bench.line, facts, file, commit)
+    _tell("attention", rows, attention_bench, facts, file, commit)
 
 
 def decode(shapes: Sequence[str], file: Path | None, commit: str | None) -> None:
@@ -47,9 +47,9 @@ def decode(shapes: Sequence[str], file: Path | None, commit: str | None) -> None
     facts: dict[str, Any] = {"device": require_gpu("decode")}
     reference = decode_bench.reference_speed(_tell_copies(facts), facts["device"]["kind"])
     facts["reference_bytes_per_second"] = round(reference)
-    print(f"shares are of {reference / 1e12:.2f} TB/s\n{decode_bench.HEADER}", flush=True)
+    print(f"shares are of {reference / 1e12:.2f} TB/s", flush=True)
     rows = decode_bench.benchmark_decode(names, reference=reference)
-    _tell("decode", rows, decode_bench.line, facts, file, commit)
+    _tell("decode", rows, decode_bench, facts, file, commit)
 
 
 def generate(
@@ -73,9 +73,11 @@ def generate(
     for _, config in configs:
         config.model.require_positions(prompt + tokens)
     facts: dict[str, Any] = {"overrides": overrides}
-    reference = None
-    if gpu.compute_capability() is not None:
-        reference = decode_bench.reference_speed(_tell_copies(facts), jax.devices()[0].device_kind)
+
+    @functools.cache
+    def reference() -> float:
+        return decode_bench.reference_speed(_tell_copies(facts), jax.devices()[0].device_kind)
+
     rows = generate_bench.benchmark_generation(
         configs,
         batch=batch,
@@ -83,10 +85,9 @@ def generate(
         tokens=tokens,
         chunk=chunk,
         repeats=repeats,
-        reference=reference,
+        reference=None if gpu.compute_capability() is None else reference,
     )
-    print(generate_bench.HEADER, flush=True)
-    _tell("generate", rows, generate_bench.line, facts, file, commit)
+    _tell("generate", rows, generate_bench, facts, file, commit)
 
 
 def _tell_copies(facts: dict[str, Any]) -> dict[str, float]:
@@ -101,14 +102,20 @@ def _tell_copies(facts: dict[str, Any]) -> dict[str, float]:
 def _tell(
     benchmark: str,
     rows: Iterable[Mapping[str, Any]],
-    line: Callable[[Any], str],
+    table: Any,
     facts: Mapping[str, Any],
     file: Path | None,
     commit: str | None,
 ) -> None:
-    """Prints and writes each row as it comes, so that a run that is cut short is not lost."""
+    """Prints and writes each row as it comes, so that a run that is cut short is not lost.
+
+    Args:
+      table: the module with the HEADER and the `line` of a row.
+    """
     results = []
     for row in rows:
         results.append(row)
         write_report(file, benchmark, results, facts, commit)
-        print(line(row), flush=True)
+        if len(results) == 1:
+            print(table.HEADER)
+        print(table.line(row), flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ def benchmark_generation(
     tokens: int,
     chunk: int,
     repeats: int = 1,
-    reference: float | None = None,
+    reference: Callable[[], float] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields each config's times, of random parameters, after compilation.
 
@@ -63,7 +63,8 @@ def benchmark_generation(
       prompt: tokens of a prompt, which the caches take a chunk at a time.
       tokens: of a continuation, the likeliest ones; at least two.
       repeats: of all requests, timed one after another.
-      reference: bytes a second, of a copy.
+      reference: gives a copy's bytes a second; called after the measurements, whose most memory in
+        use is told.
     """
     for name, config in configs:
         model = config.model.for_vocabulary(random_vocabulary(config.model.vocabulary_size))
@@ -93,7 +94,7 @@ def _measure(
     tokens: int,
     chunk: int,
     repeats: int,
-    reference: float | None,
+    reference: Callable[[], float] | None,
 ) -> dict[str, Any]:
     parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
     drawn = np.random.default_rng(0).integers(0, config.vocabulary_size, (batch, prompt), np.int32)
@@ -138,7 +139,7 @@ def _measure(
         "tokens_per_second": round(batch / step),
         "whole_tokens_per_second": round(batch * tokens / times.ended),
         "bytes_a_step": round(moved),
-        "share": None if reference is None else round(moved / step / reference, 4),
+        "share": None if reference is None else round(moved / step / reference(), 4),
         "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
         "parameter_bytes": matrices,
         "peak_bytes": memory.get("peak_bytes_in_use"),

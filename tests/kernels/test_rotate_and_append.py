@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from seqeff_kernels import gpu
-from seqeff_kernels import rotate_and_append as operation
-from seqeff_kernels.rotate_and_append import rotate_and_append, triton
+from seqeff_kernels.rotate_and_append import automatic, explain, rotate_and_append, triton
 
 # batch, rows, heads, KV heads, head size, pairs, interleaved, columns beyond
 SHAPES = {
@@ -73,8 +72,8 @@ def test_the_portable_form(name):
 
 def test_it_takes_the_portable_form_without_a_gpu():
     joined, keys, *_ = call(SHAPES["one token"])
-    assert operation.automatic(joined, keys) == "xla"
-    answers = operation.explain(joined, keys)
+    assert automatic(joined, keys) == "xla"
+    answers = explain(joined, keys)
     assert answers["auto"] == "takes xla"
     assert answers["xla"] == "available"
     assert "CUDA" in answers["triton"]
@@ -89,7 +88,7 @@ def test_the_kernel_is_taken_where_it_was_checked(monkeypatch):
 
     def taken(dtype, head_dim):
         like = jax.ShapeDtypeStruct((2, 64, 1, head_dim), dtype)
-        return operation.automatic(jax.ShapeDtypeStruct((2, 1, 4096), dtype), like)
+        return automatic(jax.ShapeDtypeStruct((2, 1, 4096), dtype), like)
 
     assert taken(jnp.bfloat16, 64) == "triton"
     assert taken(jnp.float32, 64) == taken(jnp.bfloat16, 48) == "xla"

@@ -19,7 +19,7 @@ from seqeff.models import (
     cached_parameters,
     empty_cache,
 )
-from seqeff_kernels import rotate_and_append as operation
+from seqeff.models.caches import entries
 from seqeff_kernels.rotate_and_append import rotate_and_append, triton
 
 pytestmark = pytest.mark.parity
@@ -102,7 +102,7 @@ def test_a_model_decodes_alike_with_the_kernel(monkeypatch):
 
     monkeypatch.setattr(triton, "rotate_and_append", counted)
     for taken in ("xla", "triton"):
-        monkeypatch.setattr(operation, "automatic", lambda *_, taken=taken: taken)
+        monkeypatch.setattr(entries, "automatic", lambda *_, taken=taken: taken)
         cache, hidden = empty_cache(config, 2, 8), []
         for part, count in parts:
             states, cache = model.extend(part, cache, jnp.asarray(count, jnp.int32))

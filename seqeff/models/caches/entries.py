@@ -9,8 +9,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from seqeff.models.caches.protocol import Sizes
 from seqeff.models.heads import Heads
-from seqeff_kernels import rotate_and_append
 from seqeff_kernels.range_attention import Backend
+from seqeff_kernels.rotate_and_append import automatic, obstacle, rotate_and_append
+from seqeff_kernels.rotate_and_append import put as put_at
 
 
 class KeysValues(NamedTuple):
@@ -36,7 +37,7 @@ class KeysValues(NamedTuple):
         joined = heads.joined
         if joined is None or not _is_kernel(backend, joined.columns, self.keys):
             return heads.queries, self.put(slot, KeysValues(heads.keys, heads.values), where)
-        queries, *entries = rotate_and_append.rotate_and_append(
+        queries, *entries = rotate_and_append(
             joined.columns,
             *self,
             jnp.where(where, slot, -1),
@@ -61,8 +62,8 @@ def aligned(count: int) -> int:
 def _is_kernel(backend: Backend, joined: Array, keys: Array) -> bool:
     """Whether a kernel is to rotate and write, where attention is to be done by this backend."""
     if backend == "auto":
-        return rotate_and_append.automatic(joined, keys) == "triton"
-    return backend == "triton" and rotate_and_append.obstacle(joined, keys, "triton") is None
+        return automatic(joined, keys) == "triton"
+    return backend == "triton" and obstacle(joined, keys, "triton") is None
 
 
 def put(
@@ -72,7 +73,7 @@ def put(
     where: Bool[Array, "batch rows"],
 ) -> Shaped[Array, "batch slots *features"]:
     """Writes entries to slots, where asked to; no two of them to the same."""
-    return rotate_and_append.put(array, jnp.where(where, slot, -1), new)
+    return put_at(array, jnp.where(where, slot, -1), new)
 
 
 def pick(
