@@ -35,7 +35,7 @@ def main() -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for path in sorted((_HERE / "small_models_h100").glob("*.jsonl")):
+    for path in sorted((_HERE / "small_models").glob("*.jsonl")):
         if "post_training" not in path.stem:
             axes.plot(*losses(path), label=path.stem, linewidth=1.0)
     axes.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(3.2, 5.5))
