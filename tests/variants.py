@@ -131,6 +131,8 @@ def separators(**changes):
 
 BOUNDED = separators(separators=2)
 STREAMING = separators(separator_ids=(), initial_tokens=4)
+COMPACT = separators(separators=2, positions="compact")
+COMPACT_STREAMING = separators(separator_ids=(), initial_tokens=4, positions="compact")
 
 MASKED = {
     "gpt-neox, separators": (
@@ -158,6 +160,22 @@ MASKED = {
         llama(
             head_norm=RMSNorm(epsilon=1e-5),
             attention=separators(separators=3, interval=4, initial_tokens=0),
+        ),
+    ),
+    "gpt-neox, compact": (
+        "SeparatorGPTNeoXForCausalLM",
+        gpt_neox(
+            attention=COMPACT,
+            layer_attention={-1: DenseAttention()},
+            positions=Rotary(fraction=0.75),
+        ),
+    ),
+    "llama, compact, scaled": (
+        "SeparatorLlamaForCausalLM",
+        llama(
+            attention=separators(positions="compact"),
+            layer_attention={0: COMPACT_STREAMING, 1: COMPACT},
+            positions=Rotary(scaling=YarnScaling(factor=4.0, original_length=16, fast=9.0)),
         ),
     ),
     "gpt-2, streaming": ("SeparatorGPT2LMHeadModel", learned("gelu_tanh", attention=STREAMING)),

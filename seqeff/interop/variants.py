@@ -87,13 +87,13 @@ def read_fields(config: TransformerConfig, settings: Settings) -> TransformerCon
 
 
 def separator(config: TransformerConfig) -> Variant | None:
-    """Attentions that are a mask over dense attention: separators, and windows of any layers."""
+    """Attentions of separators, and windows of any layers."""
     attentions = config.attentions()
     if all(attention == DenseAttention() for attention in attentions):
         return None
     obstacles: dict[str, list[str]] = {}
     for layer, attention in enumerate(attentions):
-        for obstacle in _beyond_a_mask(attention):
+        for obstacle in _beyond_the_file(attention):
             obstacles.setdefault(obstacle, []).append(str(layer))
     return Variant(
         name="Separator",
@@ -113,15 +113,12 @@ VARIANTS: tuple[Callable[[TransformerConfig], Variant | None], ...] = (separator
 """Each gives what a model has beyond a family, None where that is nothing of its kind."""
 
 
-def _beyond_a_mask(attention: Any) -> list[str]:
+def _beyond_the_file(attention: Any) -> list[str]:
     name = type(attention).__name__
     if type(attention) not in (DenseAttention, SeparatorAttention):
         return [name]
-    return [
-        f"{name}.{field} = {value}"
-        for field, expected in (("positions", "absolute"), ("cache_entries", None))
-        if (value := getattr(attention, field, expected)) != expected
-    ]
+    entries = getattr(attention, "cache_entries", None)
+    return [] if entries is None else [f"{name}.cache_entries = {entries}"]
 
 
 def _stem(family: Family) -> str:

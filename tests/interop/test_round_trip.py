@@ -159,8 +159,8 @@ def test_what_is_written(tmp_path):
     ("model", "message"),
     [
         (
-            gpt_neox(attention=separators(positions="compact")),
-            "nearest, GPTNeoXForCausalLM, has no place for SeparatorAttention.positions = compact "
+            gpt_neox(attention=separators(separators=2, cache_entries=12)),
+            "nearest, GPTNeoXForCausalLM, has no place for SeparatorAttention.cache_entries = 12 "
             "in layers 0, 1, 2",
         ),
         (

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 PENALTY = 3.0
 MODELS = MASKED | LOW_RANK
 CASES = ("gpt-neox, bounded, full layers", "llama, all kinds")
+COMPACT = ("gpt-neox, compact", "llama, compact, scaled")
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY - 20, (2, 41))
 PROMPT = 9
 
@@ -120,7 +121,20 @@ def test_the_mask_matters(case, saved, load, torch):
     assert (found - dense)[:, 20:].abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPACT)
+def test_the_turns_matter(case, saved, load, torch):
+    model, tokens = load(saved(case)[1]), torch.tensor(TOKENS)
+    masks, turns = model.masks(tokens), model.turns(tokens)
+    with torch.no_grad():
+        found = model(tokens).logits
+        unturned = turns._replace(queries=0 * turns.queries, keys=0 * turns.keys)
+        absolute = model(tokens, attention_mask=masks, turns=unturned).logits
+        with pytest.raises(ValueError, match="give turns"):
+            model(tokens, attention_mask=masks)
+    assert (found - absolute)[:, 20:].abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES + COMPACT)
 def test_it_writes_what_the_engine_writes(case, saved, load, torch):
     run, folder = saved(case)
     model = load(folder)
@@ -133,7 +147,7 @@ def test_it_writes_what_the_engine_writes(case, saved, load, torch):
     assert theirs == greedy(model, torch, TOKENS[:, :PROMPT], use_cache=False)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + COMPACT)
 def test_padding_on_the_left_changes_nothing(case, saved, load, torch):
     model = load(saved(case)[1])
     padded = np.zeros((2, 23), int)
@@ -155,8 +169,9 @@ def test_beams_need_no_more_than_the_ids(saved, load, torch):
     assert beams[0] == beams[1] != greedy(model, torch, TOKENS[:, :9])
 
 
-def test_token_by_token_with_masks(saved, load, torch):
-    model, tokens = load(saved("gpt-neox, bounded, full layers")[1]), torch.tensor(TOKENS)
+@pytest.mark.parametrize("case", ["gpt-neox, bounded, full layers", "gpt-neox, compact"])
+def test_token_by_token_with_masks(case, saved, load, torch):
+    model, tokens = load(saved(case)[1]), torch.tensor(TOKENS)
     cache, logits = None, []
     with torch.no_grad():
         whole = model(tokens).logits
@@ -164,6 +179,7 @@ def test_token_by_token_with_masks(saved, load, torch):
             step = model(
                 tokens[:, end - 1 : end],
                 attention_mask=model.masks(tokens[:, :end], rows=1),
+                turns=model.turns(tokens[:, :end], rows=1),
                 position_ids=torch.tensor([[end - 1]]),
                 use_cache=True,
                 **({} if cache is None else {"past_key_values": cache}),
@@ -175,8 +191,9 @@ def test_token_by_token_with_masks(saved, load, torch):
             model(tokens[:, :1], past_key_values=cache)
 
 
-def test_gradients_do_not_depend_on_checkpointing(saved, load, torch):
-    model, tokens = load(saved("llama, all kinds")[1]), torch.tensor(TOKENS)
+@pytest.mark.parametrize("case", ["llama, all kinds", "llama, compact, scaled"])
+def test_gradients_do_not_depend_on_checkpointing(case, saved, load, torch):
+    model, tokens = load(saved(case)[1]), torch.tensor(TOKENS)
 
     def gradient():
         model.zero_grad()
