@@ -25,8 +25,8 @@ from seqeff.models.caches import kind_of
 CHUNKS = (64, 512)
 # calls of the device that are under way while the host reads what earlier ones gave
 _AHEAD = 2
-# from so large a part of the slots on, prompts are read in all of them at once
-_MANY = 4
+# prompts that are read at a time: as many rows are computed for fewer
+PROMPT_ROWS = 8
 # what tokens and kept entries of a cache are at least, and tokens a multiple of: each compiles
 _ROUNDED = 256
 # a single row's product with a matrix is computed there by elements, in memory, and then added up
@@ -61,7 +61,8 @@ class Engine:
     takes the memory of a chunk. Nothing compiles anew for other lengths, nor for other settings but
     once for each `Sampling.way`. The device never waits for the host, which reads the tokens of a
     call while later ones run; tokens that a request turns out not to need are dropped. What a
-    request gives does not depend on the others.
+    request gives does not depend on the others, to the last bit: the shapes of all that it is
+    computed in follow from the engine and its own prompt alone.
 
     Attributes:
       use: of the caches, by the latest stream.
@@ -81,6 +82,7 @@ class Engine:
         kept: int | None = None,
         steps: int = 8,
         chunks: Sequence[int] = CHUNKS,
+        prompt_rows: int = PROMPT_ROWS,
     ) -> None:
         """
         Args:
@@ -92,9 +94,12 @@ class Engine:
           steps: of decoding that one call of the device makes.
           chunks: tokens of a prompt that are taken at a time, ascending: the first of them that
             holds what is left.
+          prompt_rows: prompts that are read at a time, at most; as many rows are computed for
+            fewer.
         """
         require(slots >= 1, f"Engine.slots = {slots} must be at least 1")
         require(steps >= 1, f"Engine.steps = {steps} must be at least 1")
+        require(prompt_rows >= 1, f"Engine.prompt_rows = {prompt_rows} must be at least 1")
         require(
             context is not None or generation_context(config, 1) is None,
             "Engine.context = None is for models whose caches do not grow: give the tokens that a "
@@ -103,7 +108,7 @@ class Engine:
         self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
         self.ended: collections.Counter[Reason] = collections.Counter()
         self.rows = max(slots, _LEAST_ROWS.get(jax.default_backend(), 1))
-        self.tokenizer, self.chunks = tokenizer, chunks
+        self.tokenizer, self.chunks, self.prompt_rows = tokenizer, chunks, prompt_rows
         end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
         self.prepare = jax.jit(functools.partial(cached_parameters, config))
         self.empty = jax.jit(
@@ -254,12 +259,12 @@ class _Run:
     def advance(self) -> bool:
         """Starts the next call; whether there was one to start."""
         self._admit()
-        reads = [slot for slot, x in enumerate(self._occupants) if x is not None and x.reads]
+        reads = any(x is not None and x.reads for x in self._occupants)
         decodes = any(x is not None and x.decodes for x in self._occupants)
         # in turn, so that neither waits long for the other
-        self._has_read = bool(reads) and not (decodes and self._has_read)
+        self._has_read = reads and not (decodes and self._has_read)
         if self._has_read:
-            self._read(reads)
+            self._read()
         elif decodes:
             self._decode()
         return self._has_read or decodes
@@ -300,19 +305,20 @@ class _Run:
                     room = min(room, self._context - len(request.prompt))
                 self._occupants[slot] = Occupant(number, request, room, self._engine.tokenizer)
 
-    def _read(self, slots: Sequence[int]) -> None:
-        """Takes a chunk of the prompt of the first slot, or of each of them where they are many."""
-        count = len(self._occupants)
-        # rows that stay empty would be read for nothing
-        whole = len(slots) * _MANY >= count == self._count
-        rows = None if whole else np.asarray(slots[:1])
-        reading: list[Occupant | None] = [None] * count
-        for slot in slots:
-            reading[slot] = self._occupants[slot]
-        reading = reading if rows is None else [reading[slot] for slot in rows]
-        rest = max(len(x.request.prompt) - x.read for x in reading if x is not None)
-        chunks = self._engine.chunks
-        size = next((chunk for chunk in chunks if rest <= chunk), chunks[-1])
+    def _read(self) -> None:
+        """Takes a chunk of the prompt that waits longest, and of others with a chunk of that size.
+
+        As many rows as ever, of which some may have nothing to read.
+        """
+        occupants = self._occupants
+        waiting = [(x.number, slot, x) for slot, x in enumerate(occupants) if x and x.reads]
+        sizes = {slot: self._next_chunk(x) for _, slot, x in sorted(waiting)}
+        size = next(iter(sizes.values()))
+        count = min(self._engine.prompt_rows, self._count)
+        chosen = [slot for slot in sizes if sizes[slot] == size][:count]
+        rest = [slot for slot in range(len(occupants)) if slot not in chosen]
+        rows = sorted([*chosen, *rest][:count])
+        reading = [occupants[slot] if slot in chosen else None for slot in rows]
 
         tokens: Any = np.zeros((len(reading), size), np.int32)
         counts, wanted = (cast(Any, np.zeros(len(reading), np.int32)) for _ in range(2))
@@ -331,12 +337,17 @@ class _Run:
         self.slots, drawn = self._engine.read(
             self._parameters,
             slots=self.slots,
-            rows=rows,
+            rows=np.asarray(rows) if count < len(occupants) else None,
             chunk=chunk,
             way=_way(reading),
             start=self._start,
         )
         self._calls.append(_Call(drawn, tuple(reading), int(counts.sum())))
+
+    def _next_chunk(self, occupant: Occupant) -> int:
+        """Of what size it is: the smallest that holds the rest of the prompt, or the largest."""
+        rest, chunks = len(occupant.request.prompt) - occupant.read, self._engine.chunks
+        return next((chunk for chunk in chunks if rest <= chunk), chunks[-1])
 
     def _decode(self) -> None:
         decoding = tuple(None if x is None or x.reads else x for x in self._occupants)
