@@ -1,24 +1,34 @@
 """Generation by transformers with its static cache, at the shape of `seqeff bench generate`.
 
-    python experiments/generation_speed/transformers_static.py
+    python experiments/generation_speed/transformers_static.py --json transformers.json
 
 Needs torch, transformers and an NVIDIA GPU. Random bfloat16 weights and prompts; transformers
-compiles the steps itself. The median of three runs after one that compiles.
+compiles the steps itself. The median of seven runs after one that compiles.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
+import transformers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-_PROMPT, _TOKENS, _BATCHES, _REPEATS = 1024, 128, (1, 64), 3
+_PROMPT, _TOKENS, _BATCHES, _REPEATS = 1024, 128, (1, 64), 7
 
 
 def main() -> None:
     """Prints tokens a second, prompts included."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = []
     config = GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=768,
@@ -47,7 +57,13 @@ def main() -> None:
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
+        facts = {"batch": batch, "prompt": _PROMPT, "tokens": _TOKENS, "all_seconds": seconds[1:]}
+        results.append(facts | {"whole_tokens_per_second": round(batch * _TOKENS / median)})
         print(f"batch {batch}: {median:.3f} s, {batch * _TOKENS / median:,.0f} tokens/s")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    report = {"device": torch.cuda.get_device_name(), "versions": versions, "results": results}
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
     A key of attention takes, where exactly its own is absent, the listed one of the same head size
     and sources whose rows, heads of a KV head and window are nearest by ratio, and of two as near
     the one of fewer rows: what fits depends on none of them. A window may be four times as wide or
-    narrow. Where none is listed of a 16-bit type, the entries of the other one serve.
+    narrow. Where none is listed of a 16-bit type, the entries of the other one serve. A plan of
+    decoding fills the device with as many lists alone, and serves those that are longer too.
 
     Args:
       operation: `attention` or `decode`.
@@ -48,7 +49,7 @@ def choose(operation: str, backend: str, key: str) -> dict[str, Any] | None:
       ValueError: the device's table is damaged.
     """
     listed = _device_table(operation).get(backend, {})
-    found = _match(key, listed)
+    found = _match_plan(operation, key, listed)
     return None if found is None else dict(listed[found]["plan"])
 
 
@@ -69,7 +70,7 @@ def planned(
     try:
         return make(**fields)
     except (TypeError, ValueError) as error:
-        listed = _match(key, _device_table(operation)[backend])
+        listed = _match_plan(operation, key, _device_table(operation)[backend])
         of_backend = ((path, read(path).get(operation, {}).get(backend, {})) for path in _paths())
         path = next(path for path, entries in of_backend if listed in entries)
         raise ValueError(
@@ -84,7 +85,7 @@ def fastest(operation: str, key: str, backends: Sequence[str]) -> str | None:
     Compared are entries of one key, the nearest that is listed for all of them, and of these the
     times of the longest pass that all of them have. Calls of the forward pass alone are ranked so
     too: whether a gradient is taken is not known where a call is traced, as `jit`, `scan` and
-    `checkpoint` hide it.
+    `checkpoint` hide it. Decoding is ranked as at the nearest sizes of the same heads and points.
 
     Args:
       backends: the one to take where the table does not compare it comes first.
@@ -255,6 +256,21 @@ def _match(key: str, listed: Collection[str]) -> str | None:
     return found
 
 
+def _match_plan(operation: str, key: str, listed: Collection[str]) -> str | None:
+    """The listed key whose plan serves a call's, or None."""
+    if operation == "decode":
+        listed = [other for other in listed if _fills(other, key)]
+    return _match(key, listed)
+
+
+def _fills(listed: str, key: str) -> bool:
+    """Whether a plan of decoding is for as many lists, and these are no shorter."""
+    found, wanted = _parse(listed), _parse(key)
+    if found is None or wanted is None:
+        return listed == key
+    return found.group == wanted.group and found.rows <= wanted.rows
+
+
 def _nearest(key: str, listed: Collection[str]) -> str | None:
     """The key itself or, where it is not listed, the one whose numbers are nearest by ratio."""
     if key in listed:
@@ -277,7 +293,12 @@ def _nearest(key: str, listed: Collection[str]) -> str | None:
 
 
 class _Key(NamedTuple):
-    """A key of attention, with its numbers apart from what must be the same."""
+    """A key, with its numbers apart from what must be the same.
+
+    Attributes:
+      group: of decoding, the lists of entries.
+      rows: of decoding, the entries of each.
+    """
 
     kind: str
     group: int
@@ -287,6 +308,9 @@ class _Key(NamedTuple):
 
 @functools.cache
 def _parse(key: str) -> _Key | None:
+    found = re.fullmatch(r"(.*) lists=(\d+) entries=(\d+)", key)
+    if found is not None:
+        return _Key(found[1], int(found[2]), 1, int(found[3]))
     found = re.fullmatch(r"(.*) group=(\d+) (.*?)(?:window(\d+)(.*))? rows=(\d+)", key)
     if found is None:
         return None

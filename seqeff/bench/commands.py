@@ -58,6 +58,7 @@ def generate(
     prompt: int,
     tokens: int,
     chunk: int,
+    prompt_rows: int,
     repeats: int,
     overrides: Sequence[str],
     file: Path | None,
@@ -84,6 +85,7 @@ def generate(
         prompt=prompt,
         tokens=tokens,
         chunk=chunk,
+        prompt_rows=prompt_rows,
         repeats=repeats,
         reference=None if gpu.compute_capability() is None else reference,
     )

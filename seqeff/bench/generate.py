@@ -12,7 +12,15 @@ import numpy as np
 from flax import nnx
 
 from seqeff.bench.report import attempt, random_vocabulary
-from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
+from seqeff.inference import (
+    PROMPT_ROWS,
+    CacheUse,
+    Engine,
+    Request,
+    Sampling,
+    generation_context,
+    most_kept_by,
+)
 from seqeff.models import TransformerConfig
 
 if TYPE_CHECKING:
@@ -47,20 +55,23 @@ def benchmark_generation(
     prompt: int,
     tokens: int,
     chunk: int,
+    prompt_rows: int = PROMPT_ROWS,
     repeats: int = 1,
     reference: Callable[[], float] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields each config's times, of random parameters, after compilation.
 
-    A row has `prompt_seconds` until all continuations have begun, then `milliseconds` a step of
-    all rows and its `tokens_per_second`, and `whole_tokens_per_second` of the continuations over
-    the whole time; `bytes_a_step` are those of the matrices, once, and of the entries read, and
-    `share` what they take of `reference`. All is as users of the engine get it, the host included,
-    of the repeat whose `seconds` are the median; `all_seconds` are of every one, in their order.
+    A row has `prompt_seconds`, of the prompts with one token each; `milliseconds` a step of all
+    rows, for what further tokens take beyond that; its `tokens_per_second`; and
+    `whole_tokens_per_second` of the continuations over the whole time. `bytes_a_step` are those of
+    the matrices, once, and of the entries read, and `share` what they take of `reference`. All is
+    as users of the engine get it, the host included, of the repeat whose `seconds` are the median;
+    `all_seconds` are of every one, in their order.
 
     Args:
       batch: requests, each with a prompt of its own, all at a time.
       prompt: tokens of a prompt, which the caches take a chunk at a time.
+      prompt_rows: prompts that are read at a time.
       tokens: of a continuation, the likeliest ones; at least two.
       repeats: of all requests, timed one after another.
       reference: gives a copy's bytes a second; called after the measurements, whose most memory in
@@ -68,8 +79,9 @@ def benchmark_generation(
     """
     for name, config in configs:
         model = config.model.for_vocabulary(random_vocabulary(config.model.vocabulary_size))
-        facts = {"config": name, "batch": batch, "prompt": prompt, "chunk": chunk}
-        yield facts | attempt(_measure, model, batch, prompt, tokens, chunk, repeats, reference)
+        sizes = {"batch": batch, "prompt": prompt, "chunk": chunk, "prompt_rows": prompt_rows}
+        facts = {"config": name, **sizes}
+        yield facts | attempt(_measure, model, *sizes.values(), tokens, repeats, reference)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -91,8 +103,9 @@ def _measure(
     config: TransformerConfig,
     batch: int,
     prompt: int,
-    tokens: int,
     chunk: int,
+    prompt_rows: int,
+    tokens: int,
     repeats: int,
     reference: Callable[[], float] | None,
 ) -> dict[str, Any]:
@@ -107,16 +120,24 @@ def _measure(
         context=generation_context(config, prompt + tokens),
         kept=most_kept_by(config, requests),
         chunks=sorted({min(chunk, prompt), prompt % chunk or chunk}),
+        prompt_rows=prompt_rows,
     )
     # the same programs: a whole chunk if there is one, and the last
     given = engine.prepare(parameters)
     short = drawn[:, : prompt if prompt < chunk else chunk + prompt % chunk]
     some = min(tokens, _WARM_UP)
     _stream(engine, given, [Request(prompt=x, tokens=some, sampling=greedy) for x in short])
-    timed = [_stream(engine, given, requests) for _ in range(repeats)]
-    times = sorted(timed, key=lambda times: times.ended)[(repeats - 1) // 2]
-    seconds = times.ended - times.began
-    step = seconds / (tokens - 1)
+    prompts = [dataclasses.replace(request, tokens=1) for request in requests]
+    timed_prompts, timed = [], []
+    for _ in range(repeats):
+        timed_prompts.append(_stream(engine, given, prompts))
+        timed.append(_stream(engine, given, requests))
+    middle = (repeats - 1) // 2
+    first = sorted(timed_prompts, key=lambda times: times.seconds)[middle]
+    times = sorted(timed, key=lambda times: times.seconds)[middle]
+    step = (times.seconds - first.seconds) / (tokens - 1)
+    decoded = times.use.tokens - first.use.tokens
+    read = (times.use.read - first.use.read) / max(decoded, 1)
     matrices = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given))
     if not config.tie_embeddings:
         # of the embedding, rows alone are read
@@ -124,65 +145,53 @@ def _measure(
     cache = jax.eval_shape(lambda: engine.empty(count=engine.rows)).cache
     entry = 2 * config.projections.groups() * config.projections.size(config.width)
     entry *= np.dtype(given["embedding"].dtype).itemsize * config.layers
-    moved = matrices + batch * times.read * entry
+    moved = matrices + batch * read * entry
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "device": jax.devices()[0].device_kind,
         "dtype": config.dtype,
-        "seconds": round(times.ended, 4),
-        "all_seconds": [round(times.ended, 4) for times in timed],
-        "prompt_seconds": round(times.began, 4),
-        "prompt_tokens_per_second": round(batch * prompt / times.began),
+        "seconds": round(times.seconds, 4),
+        "all_seconds": [round(times.seconds, 4) for times in timed],
+        "prompt_seconds": round(first.seconds, 4),
+        "prompt_tokens_per_second": round(batch * prompt / first.seconds),
         "tokens": tokens,
         "milliseconds": round(1e3 * step, 5),
         "slowest_milliseconds": round(1e3 * times.slowest, 5),
         "tokens_per_second": round(batch / step),
-        "whole_tokens_per_second": round(batch * tokens / times.ended),
+        "whole_tokens_per_second": round(batch * tokens / times.seconds),
         "bytes_a_step": round(moved),
         "share": None if reference is None else round(moved / step / reference(), 4),
         "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
         "parameter_bytes": matrices,
         "peak_bytes": memory.get("peak_bytes_in_use"),
-        "entries_read": round(times.read, 1),
+        "entries_read": round(read, 1),
         "entries_resident": engine.use.resident,
     }
 
 
 class _Times(NamedTuple):
-    """Seconds since the start: until all continuations had begun, and until all had ended.
+    """Of a stream of requests.
 
     Attributes:
-      slowest: seconds a step, of the groups of steps in between.
-      read: entries that a token of the continuations reads, in the mean.
+      slowest: seconds a step, of groups of the last request's steps.
+      use: of the caches.
     """
 
-    began: float
-    ended: float
+    seconds: float
     slowest: float
-    read: float
+    use: CacheUse
 
 
 def _stream(engine: Engine, parameters: Any, requests: Sequence[Request]) -> _Times:
-    waiting, marks = set(range(len(requests))), []
-    before = after = dataclasses.replace(engine.use)
+    marks: list[tuple[float, int]] = []
     start = time.perf_counter()
     for piece in engine.stream(parameters, requests):
-        now = time.perf_counter() - start
-        if waiting:
-            waiting.discard(piece.request)
-            if not waiting:
-                before, drawn = dataclasses.replace(engine.use), len(piece.tokens)
-                marks.append((now, drawn))
-        elif piece.request == len(requests) - 1:
-            drawn += len(piece.tokens)
-            marks.append((now, drawn))
-    after = engine.use
-    began, ended = marks[0][0], marks[-1][0]
-    slowest = 0.0
-    first = marks[0]
+        if piece.request == len(requests) - 1:
+            drawn = marks[-1][1] if marks else 0
+            marks.append((time.perf_counter() - start, drawn + len(piece.tokens)))
+    seconds, slowest, first = time.perf_counter() - start, 0.0, marks[0]
     for mark in marks[1:]:
         if mark[1] - first[1] >= _GROUP or mark is marks[-1]:
             slowest = max(slowest, (mark[0] - first[0]) / (mark[1] - first[1]))
             first = mark
-    read = (after.read - before.read) / max(after.tokens - before.tokens, 1)
-    return _Times(began, ended, slowest, read)
+    return _Times(seconds, slowest, dataclasses.replace(engine.use))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,16 @@ def write_report(
     found = versions() | ({"commit": commit} if commit else {})
     report = {"benchmark": benchmark, "versions": found, **facts, "results": results}
     with writing(str(file), "or choose another --json"):
-        write_atomically(file, json.dumps(report, indent=2) + "\n")
+        write_atomically(file, json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of numbers that are not finite, which JSON has no words for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(member) for key, member in value.items()}
+    return [*map(_finite, value)] if isinstance(value, (list, tuple)) else value
 
 
 def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
         ("prompt", 2048, "tokens of a row's prompt"),
         ("tokens", 1000, "tokens that a row is continued by"),
         ("chunk", 512, "tokens of a prompt taken at a time"),
+        ("prompt-rows", 8, "prompts that are read at a time"),
         ("repeats", 3, "of all that, of which the median is told"),
     ):
         text = f"{text} (default: {default})"
@@ -75,6 +76,7 @@ def _bench_generate(options: argparse.Namespace, overrides: Sequence[str]) -> in
         options.prompt,
         options.tokens,
         options.chunk,
+        options.prompt_rows,
         options.repeats,
         overrides,
         options.json,

@@ -1,11 +1,18 @@
 """Sampling from models, many requests at a time."""
 
-from seqeff.inference.engine import CacheUse, Engine, generation_context, most_kept_by
+from seqeff.inference.engine import (
+    PROMPT_ROWS,
+    CacheUse,
+    Engine,
+    generation_context,
+    most_kept_by,
+)
 from seqeff.inference.prompts import Named, read_requests, results, to_request
 from seqeff.inference.requests import Piece, Request, check_room, failures
 from seqeff.inference.sampling import Sampling
 
 __all__ = [
+    "PROMPT_ROWS",
     "CacheUse",
     "Engine",
     "Named",

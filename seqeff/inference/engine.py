@@ -259,15 +259,15 @@ class _Run:
     def advance(self) -> bool:
         """Starts the next call; whether there was one to start."""
         self._admit()
-        reads = any(x is not None and x.reads for x in self._occupants)
-        decodes = any(x is not None and x.decodes for x in self._occupants)
-        # in turn, so that neither waits long for the other
-        self._has_read = reads and not (decodes and self._has_read)
+        reads = sum(x is not None and x.reads for x in self._occupants)
+        decodes = sum(x is not None and x.decodes for x in self._occupants)
+        # in turn, so that neither waits long for the other, once most have something to decode
+        self._has_read = reads > 0 and not (self._has_read and decodes >= reads)
         if self._has_read:
             self._read()
         elif decodes:
             self._decode()
-        return self._has_read or decodes
+        return self._has_read or decodes > 0
 
     def finished_calls(self, ahead: int) -> Iterator[Piece]:
         """Pieces of the calls so far but for the latest `ahead`, which are not waited for."""

@@ -122,7 +122,7 @@ def draw(
     """The rows' next tokens, and their log-probabilities under the model itself.
 
     A row's token depends on nothing of the other rows, and is the same with every `way` that is
-    able to give it.
+    able to give it, as is its log-probability, to the last bit.
 
     Args:
       drawn: how many tokens were drawn before.
@@ -130,7 +130,10 @@ def draw(
       way: "greedy" takes the likeliest; "sampled" draws at each row's temperature; "filtered"
         heeds all of the settings.
     """
+    # apart from what each way does with them, so that all ways compute them alike
+    logits = jax.lax.optimization_barrier(logits)
     logits = logits.astype(jnp.float32)
+    total = jax.lax.optimization_barrier(jax.nn.logsumexp(logits, axis=-1))
     scores = filtered(logits, settings, seen) if way == "filtered" else logits
     token = jnp.argmax(scores, axis=-1)
     if way != "greedy":
@@ -144,7 +147,7 @@ def draw(
         token = jnp.where(greedy, token, jnp.argmax(scores + noise, axis=-1))
     token = token.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return token, chosen - total
 
 
 def filtered(

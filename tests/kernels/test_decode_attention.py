@@ -325,6 +325,7 @@ def test_plans_fill_the_chip_and_stay_within_it():
         (lambda q, b, n: (q, [CacheBlock(b.keys[:, :0], b.values[:, :0], b.filled)], n), "no room"),
         (lambda q, b, n: (q, [CacheBlock(b.keys, b.values, b.filled[:1])], n), r"filled.*\(1,\)"),
         (lambda q, b, n: (q, [CacheBlock(b.keys, b.values, b.filled * 1.0)], n), "filled.*float"),
+        (lambda q, b, n: (q, [CacheBlock(b.keys, b.values, 9)], n), "filled is a int; give an"),
         (lambda q, b, n: (q, [CacheBlock(b.keys, b.values, b.filled, q[:, :1])], n), "queries has"),
         (lambda q, b, n: (q, b, (n[0][:, :1], n[1][:, :1])), "1 entries for 2 rows"),
         (lambda q, b, n: (q, b, (n[0][:, :, :1], n[1][:, :, :1])), r"KV heads: \[1, 2\]"),
@@ -336,6 +337,13 @@ def test_what_does_not_fit_is_named(change, message):
     blocks = [blocks] if isinstance(blocks, CacheBlock) else blocks
     with pytest.raises(ValueError, match=message):
         decode_attention(queries, blocks, new=new)
+
+
+def test_a_block_alone_is_no_list():
+    queries, (block,), _ = make_call(10, filled=[([9], 9)])
+    for operation in (decode_attention, explain):
+        with pytest.raises(ValueError, match="blocks is a CacheBlock; give a list"):
+            operation(queries, block)
 
 
 def test_unknown_backend():

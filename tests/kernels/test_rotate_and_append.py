@@ -97,7 +97,8 @@ def test_the_kernel_is_taken_where_it_was_checked(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 9}, "9 heads and 2 KV heads of 16 in a batch of 3 need"),
+        ({"heads": 9}, "heads is 9; give a multiple of the cache's 2 KV heads"),
+        ({"heads": 10}, "10 heads and 2 KV heads of 16 in a batch of 3 need"),
         ({"slot": jnp.zeros((3, 2), jnp.int32)}, r"slot has shape \(3, 2\); give \(3, 1\)"),
         ({"values": jnp.zeros((3, 8, 2, 16))}, r"give \(batch, rows, columns\) and twice"),
         ({"keys": jnp.zeros((3, 9, 2, 16), jnp.float16)}, "keys are float16"),

@@ -112,12 +112,21 @@ def test_the_nearest_window_and_group_serve(table):
         assert tuning.choose("attention", "triton", key(1024).replace(*change)) is None
 
 
-def test_decoding_takes_only_its_own_sizes(table):
+def test_decoding_takes_the_plan_of_as_many_lists_that_are_no_longer(table):
     sizes = {"dtype": "bfloat16", "head_dim": 64, "kv_heads": 2, "points": 1, "batch": 2}
     near = tuning.decode_key(entries=1000, **sizes)
     tuning.record(table, "decode", "triton", near, entry({"splits": 3}))
     assert tuning.choose("decode", "triton", tuning.decode_key(entries=513, **sizes))
     assert tuning.choose("decode", "triton", tuning.decode_key(entries=512, **sizes)) is None
+    assert tuning.choose("decode", "triton", tuning.decode_key(entries=9999, **sizes))
+    other = tuning.decode_key(entries=1000, **sizes | {"batch": 8})
+    assert tuning.choose("decode", "triton", other) is None
+    # which is fastest is ranked as at the nearest sizes of the same heads
+    tuning.record(table, "decode", "mosaic", near, entry({}, call=1.0))
+    tuning.record(table, "decode", "triton", near, entry({"splits": 3}, call=2.0))
+    assert tuning.fastest("decode", other, ("triton", "mosaic")) == "mosaic"
+    heads = tuning.decode_key(entries=1000, **sizes | {"points": 2})
+    assert tuning.fastest("decode", heads, ("triton", "mosaic")) is None
 
 
 def test_the_other_16_bit_type_serves(table):

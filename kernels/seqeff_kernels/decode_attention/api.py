@@ -70,7 +70,7 @@ def decode_attention(
       ValueError: a shape does not fit, or the backend asked for cannot serve; says why.
       NotImplementedError: a gradient is taken.
     """
-    blocks = tuple(blocks)
+    blocks = _tuple_of(blocks)
     check(queries, blocks, new)
     factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
     if not factor > 0:
@@ -86,7 +86,7 @@ def automatic(
     new: NewEntries | None = None,
 ) -> str:
     """The backend that `auto` takes here; reads shapes and dtypes only, as `explain` does."""
-    blocks = tuple(blocks)
+    blocks = _tuple_of(blocks)
     check(queries, blocks, new)
     serving = [
         name
@@ -114,7 +114,7 @@ def execution(
     Raises:
       ValueError: as in `decode_attention`.
     """
-    blocks = tuple(blocks)
+    blocks = _tuple_of(blocks)
     check(queries, blocks, new)
     name = _serving(backend, queries, blocks, new)
     if name not in _KERNELS:
@@ -134,7 +134,7 @@ def explain(
     Under 'auto' is what it takes and, where that is the portable form, why no kernel is taken.
     Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
     """
-    blocks = tuple(blocks)
+    blocks = _tuple_of(blocks)
     taken = automatic(queries, blocks, new=new)
     answers = {name: obstacle(queries, blocks, name, new=new) or "available" for name in _BACKENDS}
     passed_over = [name for name in _KERNELS if answers[name] == "available"]
@@ -159,7 +159,13 @@ def obstacle(
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
-    return _BACKENDS[backend].obstacle(queries, tuple(blocks), new)
+    return _BACKENDS[backend].obstacle(queries, _tuple_of(blocks), new)
+
+
+def _tuple_of(blocks: Sequence[CacheBlock]) -> tuple[CacheBlock, ...]:
+    if isinstance(blocks, CacheBlock):
+        raise ValueError("blocks is a CacheBlock; give a list, if of one")
+    return tuple(blocks)
 
 
 def _serving(

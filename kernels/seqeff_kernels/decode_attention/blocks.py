@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from seqeff_kernels.range_attention.sources import check_integers
+
 NewEntries = tuple[
     Float[Array, "batch rows kv_heads head_dim"], Float[Array, "batch rows kv_heads head_dim"]
 ]
@@ -61,12 +63,7 @@ def check(
     for index, block in enumerate(blocks):
         name = f"blocks[{index}]"
         _check_entries(queries, block.keys, block.values, name)
-        filled = block.filled
-        if filled.shape != (batch,) or not jnp.issubdtype(filled.dtype, jnp.integer):
-            raise ValueError(
-                f"{name}.filled has shape {filled.shape} and dtype {filled.dtype}; "
-                f"give integers of {(batch,)}"
-            )
+        check_integers(block.filled, ((batch,),), f"{name}.filled")
         if block.queries is not None and block.queries.shape != queries.shape:
             raise ValueError(
                 f"{name}.queries has shape {block.queries.shape}; the call's has {queries.shape}"

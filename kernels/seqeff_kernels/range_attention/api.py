@@ -58,7 +58,7 @@ def range_attention(
     Raises:
       ValueError: a shape does not fit, or the backend asked for cannot serve; says why.
     """
-    sources = tuple(sources)
+    sources = _tuple_of(sources)
     _check(queries, sources)
     factor = queries.shape[-1] ** -0.5 if scale is None else float(scale)
     if not factor > 0:
@@ -68,7 +68,7 @@ def range_attention(
 
 def automatic(queries: Float[Array, "batch rows heads head_dim"], sources: Sequence[Source]) -> str:
     """The backend that `auto` takes here; reads shapes and dtypes only, as `explain` does."""
-    sources = tuple(sources)
+    sources = _tuple_of(sources)
     _check(queries, sources)
     serving = [
         name
@@ -94,7 +94,7 @@ def execution(
     Raises:
       ValueError: as in `range_attention`.
     """
-    sources = tuple(sources)
+    sources = _tuple_of(sources)
     _check(queries, sources)
     return _BACKENDS[_serving(backend, queries, sources)].execution(queries, sources)
 
@@ -107,7 +107,7 @@ def explain(
     Under 'auto' is what it takes and, where that is the portable form, why no kernel is taken.
     Only shapes and dtypes are read, so arrays may be `jax.ShapeDtypeStruct`s.
     """
-    sources = tuple(sources)
+    sources = _tuple_of(sources)
     taken = automatic(queries, sources)
     answers = {name: obstacle(queries, sources, name) or "available" for name in _BACKENDS}
     passed_over = [name for name in _KERNELS if answers[name] == "available"]
@@ -128,7 +128,13 @@ def obstacle(
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; give auto or one of {list(_BACKENDS)}")
-    return _BACKENDS[backend].obstacle(queries, tuple(sources))
+    return _BACKENDS[backend].obstacle(queries, _tuple_of(sources))
+
+
+def _tuple_of(sources: Sequence[Source]) -> tuple[Source, ...]:
+    if isinstance(sources, Source):
+        raise ValueError(f"sources is a {type(sources).__name__}; give a list, if of one")
+    return tuple(sources)
 
 
 def _serving(backend: str, queries: Array, sources: tuple[Source, ...]) -> str:

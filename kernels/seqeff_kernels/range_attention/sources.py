@@ -82,11 +82,11 @@ class RangeSource:
         batch, rows = queries.shape[:2]
         if self.packed is not None:
             indices, count = self.packed
-            _check_integers(indices, ((batch, indices.shape[-1]),), f"{name}.packed.indices")
-            _check_integers(count, (self.keys.shape[:2],), f"{name}.packed.count")
+            check_integers(indices, ((batch, indices.shape[-1]),), f"{name}.packed.indices")
+            check_integers(count, (self.keys.shape[:2],), f"{name}.packed.count")
         shapes = ((batch, rows), (batch, self.keys.shape[2], rows))
         for field in ("start", "end"):
-            _check_integers(getattr(self, field), shapes, f"{name}.{field}")
+            check_integers(getattr(self, field), shapes, f"{name}.{field}")
 
 
 @jax.tree_util.register_dataclass
@@ -151,13 +151,15 @@ class TokenSource:
         """Raises ValueError, naming the source, if one of its shapes does not fit `queries`."""
         _check_entries(self, queries, name)
         batch, rows = queries.shape[:2]
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"{name}.window is {self.window}; give at least 1, or None for all")
+        if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
+            raise ValueError(
+                f"{name}.window is {self.window!r}; give an int, at least 1, or None for all"
+            )
         if self.document_start is not None:
-            _check_integers(self.document_start, ((batch, rows),), f"{name}.document_start")
+            check_integers(self.document_start, ((batch, rows),), f"{name}.document_start")
         if self.row_offset is not None:
             offset = jnp.asarray(self.row_offset)
-            _check_integers(offset, ((), (batch,)), f"{name}.row_offset")
+            check_integers(offset, ((), (batch,)), f"{name}.row_offset")
         elif rows > self.entries:
             raise ValueError(
                 f"{name} has {self.entries} tokens for {rows} rows; "
@@ -172,9 +174,14 @@ def _clip(bound: Array, source: Source) -> Array:
     return jnp.clip(bound, 0, source.entries).astype(jnp.int32)
 
 
-def _check_integers(array: Array, shapes: tuple[tuple[int, ...], ...], name: str) -> None:
+def check_integers(array: Array, shapes: tuple[tuple[int, ...], ...], name: str) -> None:
+    """Raises ValueError, naming it, if it is no array of integers of one of the shapes."""
+    expected = " or ".join(map(str, shapes))
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise ValueError(
+            f"{name} is a {type(array).__name__}; give an array of integers of {expected}"
+        )
     if array.shape not in shapes or not jnp.issubdtype(array.dtype, jnp.integer):
-        expected = " or ".join(map(str, shapes))
         raise ValueError(
             f"{name} has shape {array.shape} and dtype {array.dtype}; give integers of {expected}"
         )

@@ -111,6 +111,8 @@ def _check(
             "give (batch, rows, columns) and twice (batch, capacity, kv_heads, head_dim)"
         )
     batch, _, kv_heads, head_dim = keys.shape
+    if heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads is {heads}; give a multiple of the cache's {kv_heads} KV heads")
     columns = (heads + 2 * kv_heads) * head_dim
     if joined.shape[0] != batch or joined.shape[2] < columns:
         raise ValueError(
