@@ -20,7 +20,7 @@ _FIELDS = ("prompt", "id", "tokens", "stop", *_SAMPLING)
 
 
 class Named(NamedTuple):
-    """A request and what its result is called: the line's `id`, or its number, from 1."""
+    """A request and what its result is called: the line's `id`, or the line's number, from 1."""
 
     name: Any
     request: Request
@@ -60,17 +60,25 @@ def read_requests(
       chat: see `to_request`.
 
     Raises:
-      UserError: a line is no such object; names it. The file cannot be read, or has no line.
+      UserError: a line is no such object, or has the id of an earlier one; names it. The file
+        cannot be read, or has no line.
     """
     file = "the standard input" if path == "-" else path
     content = sys.stdin.buffer.read() if path == "-" else read_bytes(Path(path))
-    found = []
+    found: list[Named] = []
+    lines: dict[str, int] = {}
     for number, line in enumerate(decode_utf8(content, file).split("\n"), 1):
         if line.strip():
             try:
                 found.append(_named(line, number, tokenizer, defaults, chat))
             except UserError as error:
                 raise UserError(f"{file}, line {number}: {error}") from error
+            earlier = lines.setdefault(json.dumps(found[-1].name), number)
+            if earlier != number:
+                raise UserError(
+                    f"{file}, lines {earlier} and {number}: both have the id {found[-1].name!r}, "
+                    "which is a line's number where it gives none"
+                )
     if not found:
         raise UserError(f"{file} has no prompts: give a line such as " + '{"prompt": "The "}')
     return found
@@ -100,7 +108,12 @@ def _named(
     given = {name: fields[name] for name in _SAMPLING if name in fields}
     sampling = dataclasses.replace(defaults.sampling, **given)
     request = dataclasses.replace(defaults, tokens=tokens, sampling=sampling, stops=tuple(stops))
-    return Named(fields.get("id", number), to_request(tokenizer, prompt, request, chat))
+    name = fields.get("id", number)
+    try:
+        json.dumps(name, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise UserError(f"id is {name!r}: give what JSON can hold") from error
+    return Named(name, to_request(tokenizer, prompt, request, chat))
 
 
 def results(

@@ -114,7 +114,7 @@ def export_model(
         write_weights(
             partial,
             {name: math.prod(tensor.shape) * cast.itemsize for name, tensor in by_theirs.items()},
-            lambda name: by_theirs[name].read(parameter).astype(cast, copy=False),
+            lambda name: _cast(name, by_theirs[name].read(parameter), cast),
             shard_bytes,
         )
     return Exported(
@@ -122,6 +122,18 @@ def export_model(
         merged=tuple(path for path in merged.kernels if path in shapes),
         parameters=(_count(own_shapes), _count(shapes)),
     )
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A tensor in another type; a `UserError` that names it where that has no room for a number."""
+    with np.errstate(over="ignore"):
+        found = tensor.astype(dtype, copy=False)
+    if (np.isfinite(tensor) & ~np.isfinite(found.astype(np.float32))).any():
+        raise UserError(
+            f"{name} holds numbers beyond {dtype}, up to {np.abs(tensor).max():.3g}; "
+            "give --dtype bfloat16 or float32"
+        )
+    return found
 
 
 class _Expressed(NamedTuple):

@@ -195,7 +195,7 @@ class _Torch:
         }
 
     def read(self, name: str) -> np.ndarray:
-        return self._tensors[name].float().numpy()
+        return self._tensors[name].detach().float().numpy()
 
 
 @contextlib.contextmanager

@@ -53,7 +53,8 @@ def train(
       checkpoint: go on from this step, and drop the ones after it.
 
     Raises:
-      UserError: bad data, a disk that cannot be written, too many skipped steps.
+      UserError: bad data, a disk that cannot be written, too many skipped steps, a run that has
+        more steps than the config asks for.
     """
     with ExitStack() as stack:
         prepare_backend(config)
@@ -70,6 +71,11 @@ def train(
                 "file, or choose another --run-dir"
             )
         state, first = _begin(program, config, store, checkpoint)
+        if first > config.steps:
+            raise UserError(
+                f"{run.path} is at step {first:,}, past Train.steps = {config.steps:,}; give more "
+                f"steps (--gin.Train.steps={2 * first}), or an earlier --checkpoint"
+            )
         if jax.process_index() == 0:
             if not run.exists():
                 keep_data(prepared, run)

@@ -175,6 +175,9 @@ def test_prompts_of_a_file(finished, tmp_path, monkeypatch):
         ('{"prompt": "a", "stop": 3}', "line 2: stop is 3: give a text"),
         ('{"prompt": "a", "stop": ""}', "line 2: a stop string is empty"),
         ('{"prompt": "\\ud800"}', "line 2: the prompt is not valid text"),
+        ('{"prompt": "a", "id": "\\ud800"}', "line 2: id is '\\ud800': give what JSON can hold"),
+        ('{"prompt": "a", "id": NaN}', "line 2: id is nan: give what JSON can hold"),
+        ('{"prompt": "a", "id": 1}', "lines 1 and 2: both have the id 1"),
         (json.dumps({"prompt": "the cat " * 40}), "the context of 32 leaves room for 31"),
     ],
 )
