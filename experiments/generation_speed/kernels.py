@@ -78,6 +78,7 @@ def main() -> None:
         slots=options.batch,
         context=_PROMPT + _TOKENS,
         chunks=(_PROMPT,),
+        prompt_rows=options.batch,
     )
     made = jax.jit(lambda: nnx.to_pure_dict(nnx.split(model.make(nnx.Rngs(0)))[1]))()
     parameters: Any = engine.prepare(made)

@@ -61,6 +61,8 @@ class Tokenizer:
       end_of_text_name: how the vocabulary spells it.
       begin_of_text: the id that opens every document of the token stream: the one that the
         `tokenizer.json` itself puts before a text (Llama), else `end_of_text`.
+      named_begin: where the file puts nothing before a text, the id that a `tokenizer_config.json`
+        beside it names `bos_token`, which a model may know all the same; else `begin_of_text`.
       begins_texts: whether the `tokenizer.json` itself puts `begin_of_text` before a text.
       fingerprint: SHA-256 of the tokenizer's canonical JSON and `end_of_text`.
     """
@@ -68,6 +70,7 @@ class Tokenizer:
     end_of_text: int
     end_of_text_name: str
     begin_of_text: int
+    named_begin: int
     begins_texts: bool
     fingerprint: str
 
@@ -83,6 +86,7 @@ class Tokenizer:
         added = inner.encode("", add_special_tokens=True).ids
         self.begins_texts = len(added) == 1
         self.begin_of_text = added[0] if self.begins_texts else self.end_of_text
+        self.named_begin = self.begin_of_text
         self._settings: dict[str, Any] = json.loads(inner.to_str())
         identity = canonical_json([self._settings, self.end_of_text])
         self.fingerprint = hashlib.sha256(identity).hexdigest()
@@ -172,7 +176,11 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower type
             raise UserError(f"{file} is not a tokenizer.json of `tokenizers`: {error}") from error
-        tokenizer = cls(inner, end_of_text or _named_beside(file) or _usual_name(inner, file))
+        end = end_of_text or _named_beside(file, "eos_token") or _usual_name(inner, file)
+        tokenizer = cls(inner, end)
+        begin = inner.token_to_id(_named_beside(file, "bos_token") or "")
+        if begin is not None and not tokenizer.begins_texts:
+            tokenizer.named_begin = begin
         tokenizer.byte_lengths()
         return tokenizer
 
@@ -255,14 +263,14 @@ def _required_id(inner: tokenizers.Tokenizer, name: str) -> int:
     return index
 
 
-def _named_beside(file: Path) -> str | None:
+def _named_beside(file: Path, field: str) -> str | None:
     beside = file.with_name(_SETTINGS_FILE)
     if not beside.is_file():
         return None
-    name = read_object(beside).get("eos_token")
+    name = read_object(beside).get(field)
     name = name.get("content") if isinstance(name, dict) else name
     if not (name is None or isinstance(name, str)):
-        raise UserError(f"{beside}: eos_token = {name!r} is no text; give that of the token")
+        raise UserError(f"{beside}: {field} = {name!r} is no text; give that of the token")
     return name
 
 

@@ -100,7 +100,7 @@ def export_model(
         settings |= {
             family.length: length,
             "torch_dtype": dtype,
-            "bos_token_id": tokenizer.begin_of_text,
+            "bos_token_id": tokenizer.named_begin,
             "eos_token_id": tokenizer.end_of_text,
         }
         _write_json(partial / "config.json", settings)

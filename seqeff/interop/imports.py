@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from seqeff.models import TransformerConfig
 from seqeff.runs import Origin, RunDirectory, write_atomically
 from seqeff.training import Train
 from seqeff.training.checkpoints import Checkpoints, CheckpointStore
+
+# vocabularies are padded by less
+_MOST_PADDED = 0.9
 
 
 class HuggingFaceModel:
@@ -120,9 +124,29 @@ def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
                 "this model"
             )
         config = config.for_vocabulary(tokenizer.vocabulary())
+        _tell_ends(settings, config, tokenizer)
         with open_weights(directory) as weights:
             placed = _placed(directory, family, config, weights)
             yield HuggingFaceModel(config, length, tokenizer, tokenizer_from, weights, placed)
+
+
+def _tell_ends(settings: Settings, config: TransformerConfig, tokenizer: Tokenizer) -> None:
+    """Tells where the model's ends of text are not the tokenizer's one, or tokens lack a text."""
+    given, size = settings.values.get("eos_token_id"), config.vocabulary_size
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    if ends and ends != [tokenizer.end_of_text]:
+        print(
+            f"seqeff: {settings.place} ends texts with {', '.join(map(str, ends))}; here "
+            f"{tokenizer.end_of_text} alone does, {tokenizer.end_of_text_name!r}, as its tokenizer "
+            "says, and in what is exported",
+            file=sys.stderr,
+        )
+    if tokenizer.vocabulary_size < _MOST_PADDED * size:
+        print(
+            f"seqeff: the tokenizer has {tokenizer.vocabulary_size:,} of the model's {size:,} "
+            "tokens: see that it is the model's own",
+            file=sys.stderr,
+        )
 
 
 def _family(settings: Settings) -> Family:

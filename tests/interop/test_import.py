@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 from hugging_face import (
     END_OF_TEXT,
@@ -458,3 +459,23 @@ def test_a_tokenizer_of_vocabulary_and_merges(source, imported, tmp_path):
     (source / "merges.txt").write_text("a b c d\n")
     line = refused("import", source, tmp_path / "other")
     assert f"cannot read vocab.json and merges.txt in {source}" in line
+
+
+def test_other_ends_of_text_are_told(source, tmp_path):
+    settings = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", settings | {"eos_token_id": [0, 5]})
+    result = seqeff("import", source, tmp_path / "run")
+    assert result.status == 0
+    assert f"config.json ends texts with 0, 5; here 0 alone does, {END_OF_TEXT!r}" in result.errors
+
+
+def test_a_number_that_a_type_has_no_room_for_is_named(source, tmp_path):
+    file = source / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    tensors[name] = np.full_like(tensors[name], 1e5)
+    safetensors.numpy.save_file(tensors, file)
+    done("import", source, tmp_path / "run")
+    line = refused("export", tmp_path / "run", "--to", "hf", "--dtype", "float16")
+    assert f"{name} holds numbers beyond float16, up to 1e+05; give --dtype bfloat16" in line
+    assert not (tmp_path / "run" / "hf").exists()

@@ -10,7 +10,7 @@ from chat_templates import STRICT
 from harness_tasks import TASKS, harness_model, local_tasks, write_tasks  # noqa: F401
 from hugging_face import END_OF_TEXT, LENGTH, make_run, write_tokenizer
 from tiny_run import seqeff
-from variants import MASKED
+from variants import MASKED, PLAIN
 
 from seqeff.data import ChatTemplate
 from seqeff.evaluation.harness import command
@@ -84,6 +84,22 @@ def test_a_run_that_was_trained_here(finished, tasks, torch, tmp_path, capfd):
     shots = evaluated(harness_model(finished), tasks, ["local_choice"], shots=1)
     equal(shots, evaluated(hf, tasks, ["local_choice"], shots=1))
     assert responses(shots, "local_choice") != responses(found, "local_choice")
+
+
+def test_a_begin_of_text_that_no_text_begins_with(tasks, torch, tmp_path):
+    """As the settings of some tokenizers of chats name it."""
+    run = make_run(
+        tmp_path / "run", dataclasses.replace(PLAIN["llama"][1], vocabulary_size=_TOKENS)
+    )
+    file = run.tokenizer / "tokenizer_config.json"
+    # of a byte that no text holds
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": "\u0100"}))
+    result = seqeff("export", run.path, "--to", "hf")
+    assert result.status == 0, result.errors
+    begin = json.loads((run.path / "hf" / "config.json").read_text())["bos_token_id"]
+    model = harness_model(run.path)
+    assert model.prefix_token_id == begin != model.eot_token_id
+    equal(evaluated(model, tasks), evaluated(theirs(run.path / "hf"), tasks))
 
 
 @pytest.mark.parametrize("case", ["gpt-neox, bounded, full layers", "llama, all kinds"])

@@ -95,6 +95,15 @@ def test_a_finished_run_that_is_started_again_changes_nothing(copied, tiny):
     }
 
 
+def test_a_run_past_the_steps_asked_for_is_left_as_it_is(copied, tiny):
+    before = files_of(copied)
+    result = tiny.train(copied, f"--gin.Train.steps={STEPS - 1}")
+    assert result.status == 2
+    said = f"is at step {STEPS}, past Train.steps = {STEPS - 1}; give more steps"
+    assert said in result.errors
+    assert files_of(copied) == before
+
+
 def test_a_run_goes_on_with_more_steps_and_another_cadence(copied, tiny):
     result = tiny.train(
         copied,

@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokens.begin_of_text
+        return self._tokens.named_begin
 
     @property
     def max_length(self) -> int:
