@@ -191,6 +191,9 @@ def test_another_run_is_not_overwritten(copied, tiny):
     assert "TransformerConfig.attention = 'SeparatorAttention' (there 'DenseAttention')" in line
     assert "log_every" not in line
     assert "SeparatorAttention." not in line and " more" not in line
+    layers = "--gin.TransformerConfig.layer_attention={0: @DenseAttention()}"
+    line = refused("train", tiny.config, "--run-dir", copied, layers)
+    assert "TransformerConfig.layer_attention[0] = 'DenseAttention' (there None)" in line
     many = {"width": 64, "layers": 3, "vocabulary_size": 330, "dtype": "'bfloat16'"}
     many |= {"tie_embeddings": True, "residual": "'parallel'", "rematerialise": "'everything'"}
     changes = [f"--gin.TransformerConfig.{name}={value}" for name, value in many.items()]

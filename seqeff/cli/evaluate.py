@@ -19,7 +19,7 @@ from seqeff.cli.parser import (
     share,
     state_folder,
 )
-from seqeff.cli.runs import facts, open_with, restore
+from seqeff.cli.runs import facts, open_with
 
 if TYPE_CHECKING:
     from seqeff.evaluation import StreamResult
@@ -105,6 +105,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.data import place, prepare_validation
     from seqeff.evaluation import Perplexity, make_evaluate
     from seqeff.evaluation.plot import curves
+    from seqeff.training.restore import restore
 
     _check_evaluation(options)
     if options.streaming:
@@ -183,6 +184,7 @@ def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.evaluation import Stream, StreamResult, comparison, read_books, require_positions
     from seqeff.evaluation.plot import curves
     from seqeff.training.program import run_model
+    from seqeff.training.restore import restore
 
     run, loaded, tokenizer = open_with(options, overrides, ())
     config = loaded.root
@@ -246,6 +248,7 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.bench.report import write_report
     from seqeff.evaluation import comparison
     from seqeff.evaluation.retrieval import ModelReader, Row, command
+    from seqeff.training.restore import restore
 
     given = ("lengths", "depths", "examples", "seed", "filler")
     bindings = command.bindings(
@@ -283,6 +286,7 @@ def _run_harness(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.data import ChatTemplate
     from seqeff.evaluation import comparison
     from seqeff.evaluation.harness import command
+    from seqeff.training.restore import restore
 
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots {options.shots} must not be negative")

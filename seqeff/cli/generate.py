@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from seqeff.checks import UserError
 from seqeff.cli.parser import SLOTS, Commands, add_checkpoint, add_output_file, positive
-from seqeff.cli.runs import open_run, restore
+from seqeff.cli.runs import open_run
 
 if TYPE_CHECKING:
     from seqeff.data import ChatTemplate, Tokenizer
@@ -65,6 +65,7 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from seqeff.data import ChatTemplate
     from seqeff.inference import Engine, check_room, failures, generation_context
+    from seqeff.training.restore import restore
 
     for name in ("slots", "output", "log_probabilities"):
         if getattr(options, name) and options.prompts is None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from seqeff.config import LoadedConfig
     from seqeff.data import Tokenizer
     from seqeff.runs import RunDirectory
-    from seqeff.training.program import Program
 
 
 def open_run(
@@ -71,26 +68,6 @@ def facts(
         "overrides": loaded.overrides,
         "config": loaded.operative,
     }
-
-
-def restore(
-    run: RunDirectory, config: training.Train, tokenizer: Tokenizer, checkpoint: int | None
-) -> tuple[Program, Any]:
-    """The compiled functions of a run, and the parameters of one of its checkpoints."""
-    import jax
-
-    from seqeff.training.checkpoints import CheckpointStore
-    from seqeff.training.mesh import MeshConfig, find_devices
-    from seqeff.training.program import Program, prepare_backend
-
-    prepare_backend(config)
-    # a run made on many devices is read on those here that share its batch
-    mesh = MeshConfig(data=1, fsdp=math.gcd(len(find_devices()), config.data.batch_size))
-    program = Program(dataclasses.replace(config, mesh=mesh), tokenizer.vocabulary())
-    with jax.set_mesh(program.mesh), CheckpointStore(run.checkpoints) as store:
-        wanted = {"parameters": program.abstract_state["parameters"]}
-        state, _ = store.restore(checkpoint, wanted, partial=True)
-    return program, state["parameters"]
 
 
 def load(

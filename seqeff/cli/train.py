@@ -9,9 +9,9 @@ import itertools
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seqeff.checks import UserError, flatten
 from seqeff.cli.parser import Commands, add_checkpoint
@@ -176,10 +176,9 @@ def _check_same_run(run: RunDirectory, before: object, config: object) -> None:
         free = any(f"{path}.".startswith(f"{name}.") for name in MAY_CHANGE)
         # the fields of another class say nothing further
         if not free and old.get(path) != new.get(path) and not path.startswith(replaced):
-            parent, _, field = path.rpartition(".")
             replaced += (f"{path}.",)
-            owner = new.get(parent) or old.get(parent) or type(config).__name__
-            differing.append(f"{owner}.{field} = {new.get(path)!r} (there {old.get(path)!r})")
+            said = f"{_field(path, old | new, type(config).__name__)} = {new.get(path)!r}"
+            differing.append(f"{said} (there {old.get(path)!r})")
     if differing:
         further = len(differing) - _TOLD
         raise UserError(
@@ -187,6 +186,17 @@ def _check_same_run(run: RunDirectory, before: object, config: object) -> None:
             + ", ".join(differing[:_TOLD])
             + (f" and {further:,} more" if further > 0 else "")
         )
+
+
+def _field(path: str, values: Mapping[str, Any], root: str) -> str:
+    """A path as the field of a class, and what of its items it is."""
+    items: list[str] = []
+    owner = None
+    while owner is None:
+        path, _, name = path.rpartition(".")
+        items.insert(0, name)
+        owner = values.get(path) if path else root
+    return f"{owner}.{items[0]}" + "".join(f"[{item}]" for item in items[1:])
 
 
 def _fresh_directory(config: Path) -> Path:

@@ -417,7 +417,7 @@ def test_a_text_that_cannot_be_stops_it_before_any_work(finished, tmp_path, monk
         raise AssertionError("work was begun")
 
     monkeypatch.setattr(Tokenizer, "encode", fail)
-    monkeypatch.setattr("seqeff.cli.evaluate.restore", fail)
+    monkeypatch.setattr("seqeff.training.restore.restore", fail)
     book, last = tmp_path / "book.txt", tmp_path / "last.txt"
     book.write_text("the cat sat")
     if kind == "folder":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import refused, seqeff
 
-from seqeff.cli import runs
+from seqeff.training import restore
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -203,11 +203,13 @@ def test_files_that_cannot_be(finished, tmp_path):
 
 
 def test_a_model_whose_output_is_not_finite(finished, tmp_path, monkeypatch):
-    def restore(*arguments):
-        program, parameters = runs.restore(*arguments)
+    whole = restore.restore
+
+    def broken(*arguments):
+        program, parameters = whole(*arguments)
         return program, jax.tree.map(lambda x: x * jnp.nan, parameters)
 
-    monkeypatch.setattr("seqeff.cli.generate.restore", restore)
+    monkeypatch.setattr(restore, "restore", broken)
     done = seqeff("generate", finished, "--prompt", "the cat", "--tokens", 5)
     assert (done.status, done.output) == (1, "the cat\n")
     assert done.errors.splitlines()[-1].startswith(
