@@ -21,6 +21,7 @@ from seqeff.runs import versions
 from seqeff_kernels.decode_attention import CacheBlock
 from seqeff_kernels.decode_attention import explain as explain_decoding
 from seqeff_kernels.range_attention import PackedIndices, RangeSource, TokenSource, explain
+from seqeff_kernels.rotate_and_append import explain as explain_appending
 
 _OPTIONAL = {
     "wandb": ("wandb", "Train.tracker = @Wandb()", "wandb"),
@@ -148,6 +149,9 @@ def _backends() -> Iterator[str]:
         "separator": [block(_SEPARATORS), block(_WINDOW)],
     }.items():
         yield from _answers(name, lambda blocks=blocks: explain_decoding(token, blocks))
+    joined = array(_BATCH, 1, 3 * _HEADS * _HEAD_DIM)
+    yield "backends of rotate_and_append, for such a token:"
+    yield from _answers("in a cache", lambda: explain_appending(joined, tokens))
 
 
 def _answers(name: str, ask: Callable[[], Mapping[str, str]]) -> Iterator[str]:

@@ -340,8 +340,21 @@ def test_decode_rows(gpu, tmp_path):
     assert row["speedup"] is None
     flops = 4 * 2 * 3 * 4 * (63 + 1000 + 3) * 64
     assert row["tflops_per_second"] == round(flops / 0.6e-3 / 1e12, 1)
+    assert row["needed_flops"] == row["executed_flops"] == flops
     assert "copy (memory copy)" in result.output
     assert "600.0" in result.output
+
+
+@pytest.mark.parametrize(
+    ("backend", "tile", "points", "entries"),
+    [("triton", 32, 16, 64 + 1024 + 32), ("mosaic", 64, 64, 64 + 1024 + 64)],
+)
+def test_decoding_executes_whole_tiles(backend, tile, points, entries):
+    shape = decode_shapes.SHAPES["odd"]
+    found = decode.executed_flops(shape, backend, {"tile_entries": tile})
+    # six points on each of two KV heads; blocks of 63 and 1,000, and three new entries
+    assert found == 4 * 2 * 2 * points * entries * 64
+    assert decode.executed_flops(shape, "cudnn", {}) is None
 
 
 def test_cudnn_is_measured_where_one_full_block_is_all(gpu, monkeypatch):

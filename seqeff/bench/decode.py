@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,9 @@ from seqeff_kernels.decode_attention import (
     execution,
     explain,
 )
+from seqeff_kernels.decode_attention.plan import query_tile
 from seqeff_kernels.decode_attention.shapes import SHAPES, Shape, inputs
+from seqeff_kernels.range_attention.mosaic.tiles import BLOCK
 from seqeff_kernels.timing import device_times
 
 DEFAULT_SHAPES = (
@@ -77,10 +79,11 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
     """Yields one row for each shape and implementation, as they are measured.
 
     A row has the fields of its shape, `bytes` (all keys and values once), `implementation`, the
-    `backend` that served and the fields of its `plan`, the median, fastest and slowest
-    `microseconds` over the repeats, `bytes_per_second` and its `share` of `reference`; or `error`.
-    Caches are full, and rotated so that none stays in L2. All programs of a shape are compiled
-    before the first of them runs, and then run in turn.
+    `backend` that served and the fields of its `plan`, the `needed_flops` of the call and the
+    `executed_flops` of the whole tiles that serve it (None where that is not known), the median,
+    fastest and slowest `microseconds` over the repeats, `bytes_per_second` and its `share` of
+    `reference`; or `error`. Caches are full, and rotated so that none stays in L2. All programs of
+    a shape are compiled before the first of them runs, and then run in turn.
 
     Args:
       names: of `seqeff_kernels.decode_attention.shapes.SHAPES`; none: the six of the README.
@@ -98,7 +101,7 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
             for implementation, facts, attend in _implementations(shape, sets[0])
         ]
         time_all(program for *_, program in programs)
-        flops = 4 * shape.batch * shape.rows * shape.heads * shape.entries * shape.head_dim
+        flops = needed_flops(shape)
         measured = {
             implementation: attempt(_measure, program, size, flops, reference)
             for implementation, _, program in programs
@@ -121,7 +124,29 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
                 "dtype": jnp.dtype(_DTYPE).name,
                 "bytes": size,
                 **facts,
+                "needed_flops": flops,
+                "executed_flops": executed_flops(shape, facts["backend"], facts["plan"]),
             } | found
+
+
+def needed_flops(shape: Shape) -> int:
+    """Of both products, for every entry that a query attends."""
+    return 4 * shape.batch * shape.rows * shape.heads * shape.entries * shape.head_dim
+
+
+def executed_flops(shape: Shape, backend: str, plan: Mapping[str, Any]) -> int | None:
+    """Of the tiles of query points and entries that a backend computes; None: not known."""
+    points = shape.rows * shape.heads // shape.kv_heads
+    if backend == "xla":
+        return needed_flops(shape)
+    tiles = {"triton": query_tile(points), "mosaic": BLOCK}
+    if backend not in tiles:
+        return None
+    tile, entries = tiles[backend], plan["tile_entries"]
+    lists = [*shape.capacities, *([shape.rows] if shape.new else [])]
+    whole = sum(-(-count // entries) * entries for count in lists)
+    computed = -(-points // tile) * tile
+    return 4 * shape.batch * shape.kv_heads * computed * whole * shape.head_dim
 
 
 def _implementations(
@@ -168,7 +193,7 @@ def _measure(program: Program, size: int, flops: int, reference: float) -> dict[
 
 HEADER = (
     f"{'shape':17}{'implementation':15}{'us':>10}{'x cuDNN':>9}{'TB/s':>8}{'share':>8}"
-    f"{'TFLOP/s':>9}"
+    f"{'TFLOP/s':>9}{'executed / needed':>19}"
 )
 
 
@@ -180,4 +205,6 @@ def line(row: dict[str, Any]) -> str:
     speed = row["bytes_per_second"] / 1e12
     times = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
     text += f"{row['microseconds']:10.1f}{times:>9}{speed:8.2f}{row['share']:8.1%}"
-    return f"{text}{row['tflops_per_second']:9.1f}"
+    spent = row["executed_flops"]
+    ratio = "" if spent is None else f"{spent / row['needed_flops']:.2f}"
+    return f"{text}{row['tflops_per_second']:9.1f}{ratio:>19}"
