@@ -62,7 +62,7 @@ DECODE = {
     "results": [
         {"shape": "grouped", "batch": 64, "capacities": [4096, 3], "heads": 32, "kv_heads": 8,
          "head_dim": 128, "implementation": "triton", "microseconds": 256.04,
-         "bytes_per_second": 4.194e12, "share": 0.9754},
+         "bytes_per_second": 4.194e12, "share": 0.9754, "needed_flops": 10, "executed_flops": 40},
         {"shape": "grouped", "batch": 64, "capacities": [4096], "heads": 32, "kv_heads": 8,
          "head_dim": 128, "implementation": "cudnn", "error": "no"},
     ],
@@ -98,12 +98,12 @@ def test_a_measurement_fills_its_place(tmp_path, monkeypatch):
     assert "| wide-8k | 256 | triton | 0.500 |  |  | 400 |" in text
     lost = "under `auto`: wide-2k at window 64 forward and backward (0.90×).\n"
     assert lost in text
-    assert "| grouped | 64 | 4096 + 3 | 32 / 8 × 128 | triton | 256.0 |  | 4.19 | 98% |" in text
+    assert "| grouped | 64 | 4096 + 3 | 32 / 8 × 128 | triton | 256.0 |  | 4.19 | 98% | 4 |" in text
     assert "`auto` is not slower than cuDNN in any of these." in text
     assert "4.20 (memory copy), 3.35 (elementwise) TB/s; shares are of 4.30 TB/s" in text
     for line in text.splitlines():
         if line.startswith("| "):
-            assert line.count("|") in (17, 10)
+            assert line.count("|") in (17, 11)
     assert table.filled(text) == text
     with pytest.raises(ValueError, match="0 places for the table of decode"):
         table.filled("<!-- attention -->\n<!-- end of attention -->")

@@ -61,8 +61,8 @@ def decode_table(report: dict[str, Any]) -> str:
         f"{report['reference_bytes_per_second'] / 1e12:.2f} TB/s:",
         "",
         "| shape | batch | cache | heads / KV heads × head size | implementation | µs | × cuDNN | "
-        "TB/s | share |",
-        f"|{'---|' * 9}",
+        "TB/s | share | executed / needed |",
+        f"|{'---|' * 10}",
     ]
     cudnn = {
         row["shape"]: row.get("microseconds")
@@ -79,7 +79,7 @@ def decode_table(report: dict[str, Any]) -> str:
             _label(row),
         ]
         if "error" in row:
-            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} | | | |")
+            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} | | | | |")
             continue
         theirs = cudnn.get(row["shape"])
         speedup = None if theirs is None else theirs / row["microseconds"]
@@ -87,7 +87,9 @@ def decode_table(report: dict[str, Any]) -> str:
             slower.append(f"{row['shape']} ({speedup:.2f}×)")
         cells += [f"{row['microseconds']:.1f}", "" if speedup is None else f"{speedup:.2f}"]
         cells.append(f"{row['bytes_per_second'] / 1e12:.2f}")
-        lines.append(f"| {' | '.join(cells)} | {row['share']:.0%} |")
+        spent = row.get("executed_flops")
+        ratio = "" if spent is None else f"{spent / row['needed_flops']:.0f}"
+        lines.append(f"| {' | '.join(cells)} | {row['share']:.0%} | {ratio} |")
     lost = f"Slower than cuDNN under `auto`: {', '.join(slower)}." if slower else ""
     return "\n".join([*lines, "", lost or "`auto` is not slower than cuDNN in any of these."])
 

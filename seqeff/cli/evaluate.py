@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.plot:
         middles = [length * (part + 0.5) / parts for part in range(parts)]
         curves(middles, {run.path.name: found}, "tokens of context", options.plot)
-    return 0
+    return _tell_broken([result.loss])
 
 
 def _check_evaluation(options: argparse.Namespace) -> None:
@@ -239,7 +240,19 @@ def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             middles = [100 * (part + 0.5) / parts for part in range(parts)]
             lines = {method: result.parts for method, result in totals.items()}
             curves(middles, lines, "part of each text, %", options.plot)
-    return 0
+    return _tell_broken([x.perplexity.loss for found in rows.values() for x in found])
+
+
+def _tell_broken(losses: Sequence[float]) -> int:
+    """The exit status: 1, and a line that says so, where a loss is no number."""
+    broken = sum(not math.isfinite(loss) for loss in losses)
+    if broken:
+        print(
+            f"seqeff: {broken:,} of {len(losses):,} losses are not finite: see to those of the "
+            "run, and try an earlier --checkpoint",
+            file=sys.stderr,
+        )
+    return 1 if broken else 0
 
 
 def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:

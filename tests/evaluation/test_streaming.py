@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from seqeff.models import (
     token_losses,
 )
 from seqeff.models.positions import BilevelPositions, LearnedPositions
+from seqeff.training import restore
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -442,3 +444,21 @@ def test_a_text_that_cannot_be_stops_it_before_any_work(finished, tmp_path, monk
 )
 def test_options_that_would_do_nothing(finished, no_devices, options, expected):
     assert expected in refused("eval", finished, *options)
+
+
+def test_losses_that_are_no_numbers_are_told(finished, tmp_path, monkeypatch):
+    whole = restore.restore
+
+    def broken(*arguments):
+        program, parameters = whole(*arguments)
+        return program, jax.tree.map(lambda x: x * jnp.nan, parameters)
+
+    monkeypatch.setattr(restore, "restore", broken)
+    book, file = tmp_path / "book.txt", tmp_path / "found.json"
+    book.write_text("the cat and the dog " * 9)
+    for command in (["--batches", 1], ["--streaming", book, "--method", "dense"]):
+        result = seqeff("eval", finished, *command, "--json", file)
+        assert result.status == 1
+        assert "seqeff: 1 of 1 losses are not finite" in result.errors
+        (row,) = json.loads(file.read_text())["results"]
+        assert [value for name, value in row.items() if name.endswith("loss")] == [None]
