@@ -98,12 +98,14 @@ def test_a_measurement_fills_its_place(tmp_path, monkeypatch):
     assert "| wide-8k | 256 | triton | 0.500 |  |  | 400 |" in text
     lost = "under `auto`: wide-2k at window 64 forward and backward (0.90×).\n"
     assert lost in text
-    assert "| grouped | 64 | 4096 + 3 | 32 / 8 × 128 | triton | 256.0 |  | 4.19 | 98% | 4 |" in text
+    assert (
+        "| grouped | 64 | 4096 + 3 | 32 / 8 × 128 | triton | 256.0 |  |  | 4.19 | 98% | 4 |" in text
+    )
     assert "`auto` is not slower than cuDNN in any of these." in text
     assert "4.20 (memory copy), 3.35 (elementwise) TB/s; shares are of 4.30 TB/s" in text
     for line in text.splitlines():
         if line.startswith("| "):
-            assert line.count("|") in (17, 11)
+            assert line.count("|") in (17, 12)
     assert table.filled(text) == text
     with pytest.raises(ValueError, match="0 places for the table of decode"):
         table.filled("<!-- attention -->\n<!-- end of attention -->")

@@ -70,7 +70,7 @@ def test_without_a_gpu_it_is_one_line(benchmark):
         (["attention", "--density", "1.5"], "'1.5' is not a number from 0 to 1"),
         (["decode", "--json", "no/x.json"], "argument --json: no/x.json: there is no folder no;"),
         (["attention", "--json", "."], "argument --json: . is a folder; give a file in it"),
-        (["decode", "--rivals"], "unrecognized arguments: --rivals"),
+        (["data", "--rivals"], "unrecognized arguments: --rivals"),
         (["attention", "--gin.A.b=1"], "seqeff bench attention takes no --gin overrides"),
     ],
 )
@@ -312,6 +312,7 @@ def test_pytorch_that_is_absent_or_finds_no_gpu_says_so(monkeypatch):
     # a process of its own, where torch is absent or lacks CUDA
     rows = torch_attention.run(SHAPES["odd"], [7])
     assert [row["implementation"] for row in rows] == ["torch cudnn", "flex"]
+    rows.append(torch_attention.run_decode(decode_shapes.SHAPES["grouped"]))
     assert all("rror" in row["error"] for row in rows)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     (row,) = torch_attention.run(SHAPES["odd"], [7])
@@ -377,11 +378,20 @@ def test_decoding_is_compared_with_cudnn(gpu, monkeypatch):
         return queries
 
     monkeypatch.setattr(decode, "_cudnn", both)
+    monkeypatch.setattr(torch_attention, "run_decode", lambda _: {"times": [3e-3, 1e-3, 2e-3]})
     rows = {
-        row["implementation"]: row for row in decode.benchmark_decode(["small"], reference=1e12)
+        row["implementation"]: row
+        for row in decode.benchmark_decode(["small"], reference=1e12, rivals=True)
     }
     assert (rows["cudnn"]["speedup"], rows["xla"]["speedup"]) == (1, round(8 / 0.6, 3))
     assert " 13.33 " in decode.line(rows["xla"])
+    flex = rows["flex"]
+    assert (flex["microseconds"], flex["speedup"], flex["speedup_over_flex"]) == (2000, 4, 1)
+    assert rows["xla"]["speedup_over_flex"] == round(2 / 0.6, 3)
+    assert flex["executed_flops"] is None
+    monkeypatch.setattr(torch_attention, "run_decode", lambda _: {"error": "no room"})
+    *_, flex = decode.benchmark_decode(["small"], reference=1e12, rivals=True)
+    assert (flex["implementation"], flex["error"]) == ("flex", "no room")
 
 
 def test_shares_are_of_the_fastest_copy():

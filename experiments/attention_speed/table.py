@@ -61,8 +61,8 @@ def decode_table(report: dict[str, Any]) -> str:
         f"{report['reference_bytes_per_second'] / 1e12:.2f} TB/s:",
         "",
         "| shape | batch | cache | heads / KV heads × head size | implementation | µs | × cuDNN | "
-        "TB/s | share | executed / needed |",
-        f"|{'---|' * 10}",
+        "× flex | TB/s | share | executed / needed |",
+        f"|{'---|' * 11}",
     ]
     cudnn = {
         row["shape"]: row.get("microseconds")
@@ -79,13 +79,15 @@ def decode_table(report: dict[str, Any]) -> str:
             _label(row),
         ]
         if "error" in row:
-            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} | | | | |")
+            lines.append(f"| {' | '.join(cells)} | {row['error'].replace('|', '/')} | | | | | |")
             continue
         theirs = cudnn.get(row["shape"])
         speedup = None if theirs is None else theirs / row["microseconds"]
         if row["implementation"] == "auto" and speedup is not None and round(speedup, 2) < 1:
             slower.append(f"{row['shape']} ({speedup:.2f}×)")
         cells += [f"{row['microseconds']:.1f}", "" if speedup is None else f"{speedup:.2f}"]
+        over_flex = row.get("speedup_over_flex")
+        cells.append("" if over_flex is None else f"{over_flex:.2f}")
         cells.append(f"{row['bytes_per_second'] / 1e12:.2f}")
         spent = row.get("executed_flops")
         ratio = "" if spent is None else f"{spent / row['needed_flops']:.0f}"

@@ -41,14 +41,16 @@ def attention(
     _tell("attention", rows, attention_bench, facts, file, commit)
 
 
-def decode(shapes: Sequence[str], file: Path | None, commit: str | None) -> None:
+def decode(shapes: Sequence[str], rivals: bool, file: Path | None, commit: str | None) -> None:
     """Measures copies, then decoding; see `benchmark_decode`."""
     names = chosen_shapes(shapes, decode_bench.SHAPES, decode_bench.DEFAULT_SHAPES)
+    if rivals:
+        prepare_rivals()
     facts: dict[str, Any] = {"device": require_gpu("decode")}
     reference = decode_bench.reference_speed(_tell_copies(facts), facts["device"]["kind"])
     facts["reference_bytes_per_second"] = round(reference)
     print(f"shares are of {reference / 1e12:.2f} TB/s", flush=True)
-    rows = decode_bench.benchmark_decode(names, reference=reference)
+    rows = decode_bench.benchmark_decode(names, reference=reference, rivals=rivals)
     _tell("decode", rows, decode_bench, facts, file, commit)
 
 

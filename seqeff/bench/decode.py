@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from seqeff.bench import torch_attention
 from seqeff.bench.programs import Program, iterations_for, time_all
 from seqeff.bench.report import attempt, chosen_shapes, label
 from seqeff_kernels.decode_attention import (
@@ -75,7 +76,9 @@ def reference_speed(copies: dict[str, float], device_kind: str) -> float:
     return max(*copies.values(), KNOWN_COPY.get(device_kind, 0.0))
 
 
-def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator[dict[str, Any]]:
+def benchmark_decode(
+    names: Sequence[str] = (), *, reference: float, rivals: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yields one row for each shape and implementation, as they are measured.
 
     A row has the fields of its shape, `bytes` (all keys and values once), `implementation`, the
@@ -88,9 +91,13 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
     Args:
       names: of `seqeff_kernels.decode_attention.shapes.SHAPES`; none: the six of the README.
       reference: bytes a second.
+      rivals: measure PyTorch's FlexAttention too; `prepare_rivals` comes before the first use of a
+        device.
     """
     for name in chosen_shapes(names, SHAPES, DEFAULT_SHAPES):
         shape = SHAPES[name]
+        # before this process takes memory for the shape
+        theirs = torch_attention.run_decode(shape) if rivals and _is_one_full_block(shape) else None
         size = shape.entry_bytes(jnp.dtype(_DTYPE).itemsize)
         make = functools.partial(jax.jit(inputs, static_argnums=(0, 2)), shape)
         sets = [make(seed, _DTYPE) for seed in range(max(2, math.ceil(_ROTATED_BYTES / size)))]
@@ -106,12 +113,25 @@ def benchmark_decode(names: Sequence[str] = (), *, reference: float) -> Iterator
             implementation: attempt(_measure, program, size, flops, reference)
             for implementation, _, program in programs
         }
-        cudnn = measured.get("cudnn", {}).get("microseconds")
-        for implementation, facts, _ in programs:
+        served = [(implementation, facts) for implementation, facts, _ in programs]
+        if theirs is not None:
+            served.append(("flex", {"backend": "flex", "plan": {}}))
+            measured["flex"] = (
+                {"error": theirs["error"]}
+                if "error" in theirs
+                else _rates(theirs["times"], size, flops, reference)
+            )
+        against = {
+            field: measured.get(rival, {}).get("microseconds")
+            for field, rival in (("speedup", "cudnn"), ("speedup_over_flex", "flex"))
+        }
+        for implementation, facts in served:
             found = measured[implementation]
             if "microseconds" in found:
-                speedup = None if cudnn is None else round(cudnn / found["microseconds"], 3)
-                found["speedup"] = speedup
+                found |= {
+                    field: None if time is None else round(time / found["microseconds"], 3)
+                    for field, time in against.items()
+                }
             yield {
                 "shape": name,
                 "implementation": implementation,
@@ -160,8 +180,13 @@ def _implementations(
         if backend == "auto" or answers[backend] == "available":
             served = execution(queries, blocks, new=new, backend=backend)
             yield backend, served._asdict(), functools.partial(_attend, backend=backend)
-    if len(shape.capacities) == 1 and not shape.new:
+    if _is_one_full_block(shape):
         yield "cudnn", {"backend": "cudnn", "plan": {}}, _cudnn
+
+
+def _is_one_full_block(shape: Shape) -> bool:
+    """Whether it is what attention without a mask computes, as others have it."""
+    return len(shape.capacities) == 1 and not shape.new
 
 
 def _attend(
@@ -178,7 +203,10 @@ def _cudnn(
 
 
 def _measure(program: Program, size: int, flops: int, reference: float) -> dict[str, Any]:
-    times = program.times
+    return _rates(program.times, size, flops, reference)
+
+
+def _rates(times: Sequence[float], size: int, flops: int, reference: float) -> dict[str, Any]:
     speed = size / statistics.median(times)
     return {
         "microseconds": round(1e6 * statistics.median(times), 2),
@@ -192,7 +220,7 @@ def _measure(program: Program, size: int, flops: int, reference: float) -> dict[
 
 
 HEADER = (
-    f"{'shape':17}{'implementation':15}{'us':>10}{'x cuDNN':>9}{'TB/s':>8}{'share':>8}"
+    f"{'shape':17}{'implementation':15}{'us':>10}{'x cuDNN':>9}{'x flex':>8}{'TB/s':>8}{'share':>8}"
     f"{'TFLOP/s':>9}{'executed / needed':>19}"
 )
 
@@ -203,8 +231,11 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{text} {row['error']}"
     speed = row["bytes_per_second"] / 1e12
-    times = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
-    text += f"{row['microseconds']:10.1f}{times:>9}{speed:8.2f}{row['share']:8.1%}"
+    times, over_flex = (
+        "" if row[field] is None else f"{row[field]:.2f}"
+        for field in ("speedup", "speedup_over_flex")
+    )
+    text += f"{row['microseconds']:10.1f}{times:>9}{over_flex:>8}{speed:8.2f}{row['share']:8.1%}"
     spent = row["executed_flops"]
     ratio = "" if spent is None else f"{spent / row['needed_flops']:.2f}"
     return f"{text}{row['tflops_per_second']:9.1f}{ratio:>19}"

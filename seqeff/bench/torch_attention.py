@@ -1,4 +1,4 @@
-"""PyTorch's attention on the same shapes: cuDNN dense, and FlexAttention with SepLLM's mask.
+"""PyTorch's attention on the same shapes: cuDNN dense, FlexAttention with SepLLM's mask, decoding.
 
 It runs as a process of its own, one a shape: two frameworks in one process share the device badly.
 """
@@ -14,28 +14,41 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from seqeff_kernels.decode_attention.shapes import Shape as DecodeShape
 from seqeff_kernels.range_attention.shapes import Shape
 
 _SECONDS_LIMIT = 300
 _LOOP_SECONDS = 0.1
 _REPEATS = 5
 _ROTATED_BYTES = 1 << 28
+_ROTATED_CACHE_BYTES = 1 << 30
 
 
 def run(shape: Shape, windows: Sequence[int]) -> list[dict[str, Any]]:
     """Rows with `implementation`, `window`, `deterministic`, and times or `error`."""
+    return _answers({"shape": dataclasses.asdict(shape), "windows": list(windows)})
 
+
+def run_decode(shape: DecodeShape) -> dict[str, Any]:
+    """FlexAttention's decoding over one full block: `times` in seconds, or `error`."""
+    return _answers({"decode": dataclasses.asdict(shape)})[0]
+
+
+def _answers(request: dict[str, Any]) -> list[dict[str, Any]]:
     def failed(why: str) -> list[dict[str, Any]]:
         row = {"implementation": "torch", "window": None, "deterministic": None, "error": why}
         return [row]
 
     if importlib.util.find_spec("torch") is None:
         return failed("torch is not installed")
-    request = json.dumps({"shape": dataclasses.asdict(shape), "windows": list(windows)})
     command = [sys.executable, "-m", __name__]
     try:
         answer = subprocess.run(
-            command, input=request, capture_output=True, text=True, timeout=_SECONDS_LIMIT
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_LIMIT,
         )
     except subprocess.TimeoutExpired:
         return failed(f"it took more than {_SECONDS_LIMIT} s")
@@ -49,6 +62,14 @@ def run(shape: Shape, windows: Sequence[int]) -> list[dict[str, Any]]:
 def main() -> None:
     """Reads a shape and windows from standard input; prints a JSON line for each measurement."""
     request = json.load(sys.stdin)
+    if "decode" in request:
+        row = {"implementation": "flex"}
+        try:
+            row["times"] = _decode(DecodeShape(**request["decode"]))
+        except Exception as error:
+            row["error"] = _said(error)
+        print(json.dumps(row), flush=True)
+        return
     shape = Shape(**request["shape"])
     for label, window, deterministic, attend in _implementations(shape, request["windows"]):
         row: dict[str, Any] = {
@@ -59,8 +80,13 @@ def main() -> None:
         try:
             row |= _measure(shape, attend())
         except Exception as error:
-            row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:300]
+            row["error"] = _said(error)
         print(json.dumps(row), flush=True)
+
+
+def _said(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:300]
 
 
 def _implementations(
@@ -134,6 +160,51 @@ def _measure(shape: Shape, attend: Callable[..., Any]) -> dict[str, Any]:
         torch.autograd.grad(output, (queries, keys, values), cotangent)
 
     return {"forward": _time(forward, sets), "forward_and_backward": _time(both, sets)}
+
+
+def _decode(shape: DecodeShape) -> list[float]:
+    """Seconds of a call, of several repeats: calls on sets of caches in one CUDA graph."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.attention.flex_attention import flex_attention  # pyright: ignore[reportMissingImports]
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def array(heads: int, length: int) -> Any:
+        size = (shape.batch, heads, length, shape.head_dim)
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    count = max(2, -(-_ROTATED_CACHE_BYTES // shape.entry_bytes()))
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    lengths = (shape.rows, shape.entries, shape.entries)
+    sets = [tuple(map(array, heads, lengths)) for _ in range(count)]
+    grouped = shape.heads != shape.kv_heads
+
+    def calls() -> None:
+        for arrays in sets:
+            compiled(*arrays, enable_gqa=grouped)
+
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            calls()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            calls()
+
+    def seconds(rounds: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(rounds):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return 1e-3 * begin.elapsed_time(end) / (rounds * len(sets))
+
+    seconds(3)
+    rounds = max(2, round(_LOOP_SECONDS / (seconds(2) * len(sets))))
+    return [seconds(rounds) for _ in range(_REPEATS)]
 
 
 def _time(function: Callable[..., None], sets: list[tuple[Any, ...]]) -> dict[str, Any]:

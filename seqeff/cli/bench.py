@@ -48,12 +48,13 @@ def add(commands: Commands) -> None:
     )
     text = "of separators among the tokens (default: each shape's)"
     attention.add_argument("--density", type=share, metavar="SHARE", help=text)
-    attention.add_argument("--rivals", action="store_true", help="PyTorch too, where it is here")
     text = "Decoding attention against the bandwidth of a GPU's memory."
     decode = benchmarks.add("decode", _bench_decode, text)
     for benchmark in (attention, decode):
         text = "by name (default: those of experiments/attention_speed)"
         benchmark.add_argument("shapes", nargs="*", metavar="SHAPE", help=text)
+        text = "PyTorch too, where it is here"
+        benchmark.add_argument("--rivals", action="store_true", help=text)
     for benchmark in (steps, continuing, batches, attention, decode):
         add_output_file(benchmark, "--json", "write the results to this file")
         benchmark.add_argument("--commit", help="kept in the file (default: what git says)")
@@ -111,7 +112,7 @@ def _bench_attention(options: argparse.Namespace, _: Sequence[str]) -> int:
 def _bench_decode(options: argparse.Namespace, _: Sequence[str]) -> int:
     from seqeff.bench.commands import decode
 
-    decode(options.shapes, options.json, options.commit)
+    decode(options.shapes, options.rivals, options.json, options.commit)
     return 0
 
 
