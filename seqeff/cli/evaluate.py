@@ -228,11 +228,12 @@ def _stream(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             found.append(result)
             named = {"method": method, "book": book.name, "sha256": book.sha256}
             results.append(named | result.as_metrics())
-            write_report(options.json, "streaming", results, known)
+            write_report(options.json, "streaming", results, known | {"complete": False})
             if options.per_book:
                 print(comparison.line(f"  {book.name}"[:21], result), flush=True)
             if len(found) == len(books):
                 print(comparison.line(method, StreamResult.total(found)), flush=True)
+    write_report(options.json, "streaming", results, known | {"complete": True})
     if options.positions:
         totals = {method: StreamResult.total(found) for method, found in rows.items()}
         print(*comparison.by_part(totals), sep="\n")
@@ -286,7 +287,9 @@ def _retrieve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         command.run(
             ModelReader(program.model, parameters, tokenizer, groups, slots),
             cells,
-            lambda results: write_report(options.json, "retrieval", results, known),
+            lambda results, complete: write_report(
+                options.json, "retrieval", results, known | {"complete": complete}
+            ),
             options.plot,
         )
     return 0

@@ -342,6 +342,7 @@ def test_the_command(finished, tiny, tmp_path):
         assert len(row["sha256"]) == 64
         assert row["tokens"] == sum(part["tokens"] for part in row["parts"])
     assert len(report["results"]) == 15
+    assert report["complete"] is True
     by_method = {row["method"]: row for row in report["results"]}
     assert by_method["SepLLM"]["entries_resident"] <= 3 + 4 + 6
     assert by_method["StreamingLLM"]["entries_resident"] == 3 + 10

@@ -1,5 +1,6 @@
 """Models of transformers, imported and exported again: the same logits on every way."""
 
+import json
 import shutil
 
 import hugging_face
@@ -203,7 +204,15 @@ def test_from_files_of_pytorch(case, saved, torch, tmp_path):
     tensors = model.state_dict()
     if case == "opt":
         tensors = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    if case == "gpt-2":
+        parts = [dict(list(tensors.items())[first::2]) for first in range(2)]
+        files = [f"pytorch_model-{part}-of-2.bin" for part in (1, 2)]
+        index = {name: file for part, file in zip(parts, files, strict=True) for name in part}
+        for part, file in zip(parts, files, strict=True):
+            torch.save(part, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    else:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
     run = imported(tmp_path, tmp_path / "run")
     np.testing.assert_allclose(logits_of(run, TOKENS), expected, atol=1e-4, rtol=1e-4)
 

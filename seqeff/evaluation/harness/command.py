@@ -203,9 +203,9 @@ def _load(manager: Any, specs: list[str]) -> Any:
         ) from error
     # tasks are YAML and Python of anyone's, and raise anything
     except Exception as error:
-        raise UserError(
-            f"--harness: a task cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        # what reads its data may say only that it failed
+        said = [f"{type(x).__name__}: {x}" for x in (error, error.__cause__) if x is not None]
+        raise UserError(f"--harness: a task cannot be loaded: {'; '.join(said)}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -52,14 +52,14 @@ def bindings(
 def run(
     reader: Reader,
     cells: Sequence[Cell],
-    keep: Callable[[Sequence[Mapping[str, Any]]], None],
+    keep: Callable[[Sequence[Mapping[str, Any]], bool], None],
     plot: Path | None,
 ) -> None:
     """Prints a line a task and length, and draws the heat map.
 
     Args:
       cells: those of a length together.
-      keep: is given all results so far after every line.
+      keep: is given all results so far after every line, and whether these are all.
     """
     results: list[Result] = []
     width = max(len(cell.task) for cell in cells)
@@ -68,7 +68,8 @@ def run(
             print(_header(line, width), flush=True)
         results += line
         print(_line(line, width), flush=True)
-        keep([dataclasses.asdict(result) for result in results])
+        keep([dataclasses.asdict(result) for result in results], False)
+    keep([dataclasses.asdict(result) for result in results], True)
     if plot is not None:
         heat_map(results, plot)
 

@@ -50,6 +50,7 @@ def test_a_table_and_a_report(finished, tmp_path):
 
     report = json.loads(file.read_text())
     assert report["benchmark"] == "retrieval"
+    assert report["complete"] is True
     assert (report["run"], report["step"]) == (str(finished), 24)
     assert report["seeds"] == {"examples": 7}
     tokenizer = Tokenizer.load(finished / "tokenizer")
