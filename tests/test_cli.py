@@ -377,6 +377,7 @@ def test_a_full_disk(tiny, finished, tmp_path):
         (["bench"], "the following arguments are required: BENCHMARK; see seqeff bench --help"),
         (["bench", "train"], "are required: configs; see seqeff bench train --help"),
         (["bench", "data", "a.gin"], "unrecognized arguments: a.gin"),
+        (["train", "a.gin", "--steps", "5"], "--steps 5; a field of the config is given as --gin."),
         (["bench", "data", "--gin.A.b=1"], "seqeff bench data takes no --gin overrides"),
     ],
 )

@@ -60,7 +60,10 @@ def unrecognized(arguments: Sequence[str], options: argparse.Namespace) -> str:
     if first.startswith("--") and "." in first and options.takes_overrides:
         near = f"; did you mean --gin.{arguments[0].removeprefix('--')}?"
     else:
-        near = _nearest(first, re.findall(r"--[a-z][\w-]*", options.parser.format_help()))
+        # the help is named in any case
+        near = _nearest(first, re.findall(r"--(?!help\b)[a-z][\w-]*", options.parser.format_help()))
+    if first.startswith("--") and options.takes_overrides and not near:
+        near = "; a field of the config is given as --gin.CLASS.FIELD=VALUE"
     return f"unrecognized arguments: {' '.join(arguments)}{near}; see {options.name} --help"
 
 
