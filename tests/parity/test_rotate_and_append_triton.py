@@ -41,7 +41,7 @@ def interpreted(monkeypatch):
         (1, 4, 2, 64, 8, False),
         (7, 5, 1, 80, 10, True),
         (3, 3, 3, 24, 12, False),
-        (2, 1, 2, 16, 0, False),
+        (2, 2, 2, 16, 0, False),
     ],
 )
 def test_the_kernel_equals_the_portable_form(
