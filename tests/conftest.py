@@ -60,3 +60,18 @@ def no_devices(monkeypatch):
 def copied(finished, tmp_path):
     """A copy of `finished` to do anything with."""
     return shutil.copytree(finished, tmp_path / "copied")
+
+
+@pytest.fixture
+def not_finite(finished, monkeypatch):
+    """`finished`, as one whose parameters are no numbers."""
+    from seqeff.training import restore
+
+    whole = restore.restore
+
+    def broken(*arguments):
+        program, parameters = whole(*arguments)
+        return program, jax.tree.map(lambda x: x * float("nan"), parameters)
+
+    monkeypatch.setattr(restore, "restore", broken)
+    return finished

@@ -8,23 +8,19 @@ opposite order, then each alone. Exits with status 1 if a token or a log-probabi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from attention import kernels_hash
 from flax import nnx
-from models import ATTENTIONS, config
+from models import ATTENTIONS, config, parser, report
 
 from seqeff.bench.generate import RandomVocabulary
 from seqeff.inference import Engine, Request, Sampling, generation_context, most_kept_by
-from seqeff.runs import versions
 
 _SLOTS, _REQUESTS, _LONGEST, _MOST_TOKENS = 16, 48, 900, 24
 _WAYS = (
@@ -80,25 +76,8 @@ def check(name: str) -> dict[str, Any]:
 
 def main() -> int:
     """Checks every attention."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--commit", help="kept in the report (default: what git says)")
-    parser.add_argument("--attention", choices=ATTENTIONS, nargs="+", default=list(ATTENTIONS))
-    options = parser.parse_args()
-    results = [check(name) for name in options.attention]
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "versions": versions() | ({"commit": options.commit} if options.commit else {}),
-        "kernels_sha256": kernels_hash(),
-        "results": results,
-    }
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    failed = sum(not row["passed"] for row in results)
-    print(f"{len(results) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    options = parser(__doc__).parse_args()
+    return report(options, [check(name) for name in options.attention])
 
 
 if __name__ == "__main__":

@@ -183,34 +183,45 @@ def check(name: str, length: int, chunks: tuple[int, ...], steps: int) -> list[d
     return rows
 
 
-def main() -> int:
-    """Checks every attention."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that checks of attentions share."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--commit", help="kept in the report (default: what git says)")
-    parser.add_argument("--attention", choices=ATTENTIONS, nargs="+", default=list(ATTENTIONS))
-    parser.add_argument("--length", type=int, default=2048, help="of the rows")
-    parser.add_argument("--chunk", type=int, nargs="+", default=[500, 4096])
-    parser.add_argument("--steps", type=int, default=300, help="of one token")
-    options = parser.parse_args()
-    results = [
-        row
-        for name in options.attention
-        for row in check(name, options.length, tuple(options.chunk), options.steps)
-    ]
-    report = {
+    found.add_argument("--json", type=Path)
+    found.add_argument("--commit", help="kept in the report (default: what git says)")
+    found.add_argument("--attention", choices=ATTENTIONS, nargs="+", default=list(ATTENTIONS))
+    return found
+
+
+def report(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> int:
+    """Writes the report, if it has a place, and tells how many passed; the exit status."""
+    found = {
         "device": jax.devices()[0].device_kind,
         "versions": versions() | ({"commit": options.commit} if options.commit else {}),
         "kernels_sha256": kernels_hash(),
         "results": results,
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     failed = sum(not row["passed"] for row in results)
     print(f"{len(results) - failed} passed, {failed} failed")
     return 1 if failed else 0
+
+
+def main() -> int:
+    """Checks every attention."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--length", type=int, default=2048, help="of the rows")
+    arguments.add_argument("--chunk", type=int, nargs="+", default=[500, 4096])
+    arguments.add_argument("--steps", type=int, default=300, help="of one token")
+    options = arguments.parse_args()
+    results = [
+        row
+        for name in options.attention
+        for row in check(name, options.length, tuple(options.chunk), options.steps)
+    ]
+    return report(options, results)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from seqeff.data import Tokenizer
     from seqeff.models import TransformerConfig
 
@@ -17,11 +19,13 @@ class TrainedModel(NamedTuple):
     Attributes:
       config: of the model, knowing its vocabulary.
       parameters: of the `Transformer`, on the devices here.
+      mesh: of these; to be set, with `jax.set_mesh`, around what takes the parameters.
     """
 
     config: TransformerConfig
     tokenizer: Tokenizer
     parameters: Any
+    mesh: Mesh
 
 
 def load_run(
@@ -46,4 +50,4 @@ def load_run(
     config = load(run.operative_config, overrides, module_paths=[run.modules]).root
     tokenizer = Tokenizer.load(run.tokenizer)
     program, parameters = restore(run, config, tokenizer, checkpoint)
-    return TrainedModel(program.model, tokenizer, parameters)
+    return TrainedModel(program.model, tokenizer, parameters, program.mesh)

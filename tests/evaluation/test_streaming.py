@@ -4,7 +4,6 @@ import dataclasses
 import json
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from seqeff.models import (
     token_losses,
 )
 from seqeff.models.positions import BilevelPositions, LearnedPositions
-from seqeff.training import restore
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -447,18 +445,11 @@ def test_options_that_would_do_nothing(finished, no_devices, options, expected):
     assert expected in refused("eval", finished, *options)
 
 
-def test_losses_that_are_no_numbers_are_told(finished, tmp_path, monkeypatch):
-    whole = restore.restore
-
-    def broken(*arguments):
-        program, parameters = whole(*arguments)
-        return program, jax.tree.map(lambda x: x * jnp.nan, parameters)
-
-    monkeypatch.setattr(restore, "restore", broken)
+def test_losses_that_are_no_numbers_are_told(not_finite, tmp_path):
     book, file = tmp_path / "book.txt", tmp_path / "found.json"
     book.write_text("the cat and the dog " * 9)
     for command in (["--batches", 1], ["--streaming", book, "--method", "dense"]):
-        result = seqeff("eval", finished, *command, "--json", file)
+        result = seqeff("eval", not_finite, *command, "--json", file)
         assert result.status == 1
         assert "seqeff: 1 of 1 losses are not finite" in result.errors
         (row,) = json.loads(file.read_text())["results"]

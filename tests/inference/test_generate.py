@@ -4,12 +4,8 @@ import io
 import json
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 from tiny_run import refused, seqeff
-
-from seqeff.training import restore
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -202,21 +198,14 @@ def test_files_that_cannot_be(finished, tmp_path):
         assert f"{option[0]} is for --prompts" in line
 
 
-def test_a_model_whose_output_is_not_finite(finished, tmp_path, monkeypatch):
-    whole = restore.restore
-
-    def broken(*arguments):
-        program, parameters = whole(*arguments)
-        return program, jax.tree.map(lambda x: x * jnp.nan, parameters)
-
-    monkeypatch.setattr(restore, "restore", broken)
-    done = seqeff("generate", finished, "--prompt", "the cat", "--tokens", 5)
+def test_a_model_whose_output_is_not_finite(not_finite, tmp_path):
+    done = seqeff("generate", not_finite, "--prompt", "the cat", "--tokens", 5)
     assert (done.status, done.output) == (1, "the cat\n")
     assert done.errors.splitlines()[-1].startswith(
         "seqeff: 1 of 1 continuations end early, as the model's output is not finite there"
     )
     file = write_lines(tmp_path / "prompts.jsonl", LINES[:2])
-    done = seqeff("generate", finished, "--prompts", file)
+    done = seqeff("generate", not_finite, "--prompts", file)
     assert done.status == 1
     for line in done.output.splitlines():
         result = json.loads(line)
