@@ -1,6 +1,7 @@
 """The benchmarks of kernels, without a GPU: what they make of times, print and write."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_run import refused, seqeff
 
-from seqeff.bench import attention, data, decode, programs, report, torch_attention
+from seqeff.bench import attention, data, decode, generate, programs, report, torch_attention
 from seqeff_kernels.decode_attention import shapes as decode_shapes
 from seqeff_kernels.range_attention import cost, execution, mosaic
 from seqeff_kernels.range_attention.shapes import BOUND, SHAPES, kind_sources, packed_lists
@@ -413,7 +414,21 @@ def test_training_with_separators_keeps_the_commit_that_is_given(tiny, tmp_path)
     assert report["results"][0]["tokens_per_second"] > 0
 
 
-def test_prompts_and_their_continuations(tiny, tmp_path):
+@pytest.fixture
+def second_a_token(monkeypatch):
+    """Streams take a second, and one more for every token that decoding takes in."""
+    stream = generate._stream
+    prompts = []
+
+    def timed(engine, parameters, requests):
+        found = stream(engine, parameters, requests)
+        prompts.append(sum(len(request.prompt) for request in requests))
+        return found._replace(seconds=1 + found.use.tokens - prompts[-1])
+
+    monkeypatch.setattr(generate, "_stream", timed)
+
+
+def test_prompts_and_their_continuations(tiny, tmp_path, second_a_token):
     file = tmp_path / "speed.json"
     options = ["--batch", 2, "--prompt", 20, "--chunk", 8, "--tokens", 3, "--json", file]
     bounded = [
@@ -428,10 +443,12 @@ def test_prompts_and_their_continuations(tiny, tmp_path):
     (row,) = report["results"]
     assert (row["batch"], row["prompt"], row["tokens"]) == (2, 20, 3)
     assert report["overrides"] == [override.removeprefix("--gin.") for override in bounded]
-    assert row["tokens_per_second"] > 0 and row["prompt_tokens_per_second"] > 0
+    # each of two rows takes 2 of its tokens in
+    assert (row["prompt_seconds"], row["seconds"], row["milliseconds"]) == (1, 5, 2000)
+    assert (row["prompt_tokens_per_second"], row["tokens_per_second"]) == (40, 1)
+    assert (row["whole_tokens_per_second"], row["share"]) == (round(6 / 5), None)
     # 3 initial tokens, 5 of the window and up to 2 separators
     assert 8 <= row["entries_read"] <= row["entries_resident"] <= 10
-    assert row["whole_tokens_per_second"] > 0 and row["share"] is None
     dense = seqeff("bench", "generate", tiny.config, *options)
     assert dense.status == 0, dense.errors
     (row,) = json.loads(file.read_text())["results"]
@@ -449,6 +466,18 @@ def test_prompts_and_their_continuations(tiny, tmp_path):
     assert "33" in refused("bench", "generate", tiny.config, *options, *learned)
     options[7] = 1
     assert "at least 2" in refused("bench", "generate", tiny.config, *options)
+
+
+def test_steps_that_drown_in_the_noise_are_told(tiny, monkeypatch):
+    # one warms up, and then prompts and continuations are timed in turn
+    seconds = itertools.chain([9.0], itertools.cycle((3.0, 2.0)))
+    stream = generate._stream
+    monkeypatch.setattr(
+        generate, "_stream", lambda *given: stream(*given)._replace(seconds=next(seconds))
+    )
+    options = ["--batch", 1, "--prompt", 8, "--tokens", 2]
+    result = seqeff("bench", "generate", tiny.config, *options)
+    assert "2 tokens after the prompts took no longer than one" in result.output
 
 
 def test_batches_keep_the_commit_that_is_given(monkeypatch, tmp_path):

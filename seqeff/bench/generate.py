@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from seqeff.bench.report import attempt, random_vocabulary
+from seqeff.checks import UserError
 from seqeff.inference import (
     PROMPT_ROWS,
     CacheUse,
@@ -42,7 +43,7 @@ class RandomVocabulary(NamedTuple):
     """Ids without texts, none of which ends one."""
 
     vocabulary_size: int
-    end_of_text: int = -1
+    ends_of_text: tuple[int, ...] = ()
 
     def token_bytes(self, token: int) -> bytes:
         return b""
@@ -136,6 +137,11 @@ def _measure(
     first = sorted(timed_prompts, key=lambda times: times.seconds)[middle]
     times = sorted(timed, key=lambda times: times.seconds)[middle]
     step = (times.seconds - first.seconds) / (tokens - 1)
+    if step <= 0:
+        raise UserError(
+            f"{tokens} tokens after the prompts took no longer than one: give more --tokens, or "
+            "more --repeats"
+        )
     decoded = times.use.tokens - first.use.tokens
     read = (times.use.read - first.use.read) / max(decoded, 1)
     matrices = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given))

@@ -23,6 +23,7 @@ from seqeff.data.sources import (
     TextFiles,
 )
 from seqeff.data.store import Manifest, TokenStore
+from seqeff.data.token_bytes import ByteLengths
 from seqeff.data.tokenizer import Tokenizer, TokenStream, Vocabulary
 from seqeff.data.tokenizer_config import TokenizerConfig, TokenizerFile, TrainBPE
 
@@ -30,6 +31,7 @@ __all__ = [
     "Batch",
     "Batches",
     "BuiltinText",
+    "ByteLengths",
     "ChatTemplate",
     "Data",
     "Document",

@@ -5,11 +5,35 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int32
 
 from seqeff.checks import UserError
 
 _SUPPORTED = ("ByteLevel", "Metaspace", "ByteFallback", "Replace", "Fuse", "Strip")
+
+
+class ByteLengths(NamedTuple):
+    """UTF-8 bytes that each id adds to a text; 0 for special tokens and unused ids.
+
+    Attributes:
+      inside: within a text.
+      first: as its first token, of which some tokenizers mark the word with a space that the text
+        has not.
+      begin: the id that stands before a text.
+    """
+
+    inside: Int32[np.ndarray, " vocabulary"]
+    first: Int32[np.ndarray, " vocabulary"]
+    begin: int
+
+    def of(self, tokens: Int[Array, "*shape"], before: Int[Array, "*shape"]) -> Array:
+        """Bytes of tokens, int32 [*shape], by the ones before each."""
+        inside, first = (jnp.take(jnp.asarray(x), tokens, mode="clip") for x in self[:2])
+        return jnp.where(before == self.begin, first, inside)
 
 
 def token_to_bytes(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:

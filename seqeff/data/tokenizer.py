@@ -8,18 +8,17 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32
 
 from seqeff.checks import UserError
 from seqeff.data.cache import canonical_json
 from seqeff.data.files import decode_utf8, existing_file, nearest, read_bytes, read_object
-from seqeff.data.token_bytes import token_to_bytes
+from seqeff.data.token_bytes import ByteLengths, token_to_bytes
 
 END_OF_TEXT_NAMES = (
     "<|endoftext|>",
@@ -31,8 +30,10 @@ END_OF_TEXT_NAMES = (
     "<|im_end|>",
     "[EOS]",
 )
-_FILE = "tokenizer.json"
-_SETTINGS_FILE = "tokenizer_config.json"
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+GENERATION = "generation_config.json"
+COMPANIONS = (SETTINGS, "special_tokens_map.json", "chat_template.jinja", GENERATION)
+"""What may stand beside a `tokenizer.json`, and goes with it."""
 # the library needs about 140 bytes of memory a character of a text
 LONGEST_PIECE = 1 << 20
 _BATCH_CHARACTERS = 1 << 21
@@ -45,7 +46,7 @@ class Vocabulary(Protocol):
     def vocabulary_size(self) -> int: ...
 
     @property
-    def end_of_text(self) -> int: ...
+    def ends_of_text(self) -> tuple[int, ...]: ...
 
     def token_bytes(self, token: int) -> bytes: ...
 
@@ -58,6 +59,8 @@ class Tokenizer:
 
     Attributes:
       end_of_text: the id that ends a text.
+      ends_of_text: those after which nothing more is drawn: that one, and what a model ends its
+        answers with, by the `eos_token_id` of a `generation_config.json` beside the file.
       end_of_text_name: how the vocabulary spells it.
       begin_of_text: the id that opens every document of the token stream: the one that the
         `tokenizer.json` itself puts before a text (Llama), else `end_of_text`.
@@ -68,6 +71,7 @@ class Tokenizer:
     """
 
     end_of_text: int
+    ends_of_text: tuple[int, ...]
     end_of_text_name: str
     begin_of_text: int
     named_begin: int
@@ -82,11 +86,13 @@ class Tokenizer:
         self._inner = inner
         self.end_of_text_name = end_of_text
         self.end_of_text = _required_id(inner, end_of_text)
+        self.ends_of_text = (self.end_of_text,)
         # what is added to nothing
         added = inner.encode("", add_special_tokens=True).ids
         self.begins_texts = len(added) == 1
         self.begin_of_text = added[0] if self.begins_texts else self.end_of_text
         self.named_begin = self.begin_of_text
+        self._companions: dict[str, bytes] = {}
         self._settings: dict[str, Any] = json.loads(inner.to_str())
         identity = canonical_json([self._settings, self.end_of_text])
         self.fingerprint = hashlib.sha256(identity).hexdigest()
@@ -138,9 +144,13 @@ class Tokenizer:
         """
         return tuple(token.decode("utf-8", errors="replace") for token in self._token_bytes)
 
-    def byte_lengths(self) -> Int32[np.ndarray, " vocabulary"]:
-        """UTF-8 bytes that each id adds to a text; 0 for special tokens and unused ids."""
-        return np.array([len(token) for token in self._token_bytes], np.int32)
+    def byte_lengths(self) -> ByteLengths:
+        """UTF-8 bytes that each id adds to a text."""
+        inside = np.array([len(token) for token in self._token_bytes], np.int32)
+        spaced = np.array([token.startswith(b" ") for token in self._token_bytes], np.int32)
+        letter = self._inner.encode("a", add_special_tokens=False).ids
+        marks = b"".join(map(self.token_bytes, letter)) == b" a"
+        return ByteLengths(inside, inside - spaced if marks else inside, self.begin_of_text)
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes, perhaps of a part of a character, that an id adds to a text."""
@@ -152,10 +162,15 @@ class Tokenizer:
         return () if self.begin_of_text == self.end_of_text else (self.end_of_text,)
 
     def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json`, and `tokenizer_config.json` which names the end of text."""
-        settings = {"eos_token": self.end_of_text_name}
-        (directory / _FILE).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
-        (directory / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+        """Writes `tokenizer.json` and its `COMPANIONS`, of which one names the end of text."""
+        (directory / TOKENIZER).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+        for name, content in self._companions.items():
+            (directory / name).write_bytes(content)
+        file = directory / SETTINGS
+        settings = dict(read_object(file)) if SETTINGS in self._companions else {}
+        if _name(file, settings, "eos_token") != self.end_of_text_name:
+            settings["eos_token"] = self.end_of_text_name
+            file.write_text(json.dumps(settings), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, end_of_text: str | None = None) -> Tokenizer:
@@ -170,18 +185,26 @@ class Tokenizer:
         """
         file = existing_file(path, "TokenizerFile.path")
         if file.is_dir():
-            file = existing_file(file / _FILE, "TokenizerFile.path")
+            file = existing_file(file / TOKENIZER, "TokenizerFile.path")
         text = decode_utf8(read_bytes(file), str(file))
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower type
             raise UserError(f"{file} is not a tokenizer.json of `tokenizers`: {error}") from error
-        end = end_of_text or _named_beside(file, "eos_token") or _usual_name(inner, file)
+        beside = file.with_name(SETTINGS)
+        settings = read_object(beside) if beside.is_file() else {}
+        end = end_of_text or _name(beside, settings, "eos_token") or _usual_name(inner, file)
         tokenizer = cls(inner, end)
-        begin = inner.token_to_id(_named_beside(file, "bos_token") or "")
+        begin = inner.token_to_id(_name(beside, settings, "bos_token") or "")
         if begin is not None and not tokenizer.begins_texts:
             tokenizer.named_begin = begin
         tokenizer.byte_lengths()
+        found = (file.with_name(name) for name in COMPANIONS)
+        tokenizer._companions = {x.name: read_bytes(x) for x in found if x.is_file()}
+        if GENERATION in tokenizer._companions:
+            listed = ends_listed(file.with_name(GENERATION)) or ()
+            known = (end for end in listed if end < tokenizer.vocabulary_size)
+            tokenizer.ends_of_text = tuple(dict.fromkeys((tokenizer.end_of_text, *known)))
         return tokenizer
 
     @functools.cached_property
@@ -263,14 +286,25 @@ def _required_id(inner: tokenizers.Tokenizer, name: str) -> int:
     return index
 
 
-def _named_beside(file: Path, field: str) -> str | None:
-    beside = file.with_name(_SETTINGS_FILE)
-    if not beside.is_file():
-        return None
-    name = read_object(beside).get(field)
+def ends_listed(file: Path) -> tuple[int, ...] | None:
+    """The `eos_token_id` of a config, which is one id or several; None: it has none.
+
+    Raises:
+      UserError: it cannot be read, or is something else.
+    """
+    found = read_object(file).get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    for end in ends:
+        if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
+            raise UserError(f"{file}: eos_token_id = {found!r} is neither an id nor a list of ids")
+    return tuple(ends) or None
+
+
+def _name(file: Path, settings: Mapping[str, Any], field: str) -> str | None:
+    name = settings.get(field)
     name = name.get("content") if isinstance(name, dict) else name
     if not (name is None or isinstance(name, str)):
-        raise UserError(f"{beside}: {field} = {name!r} is no text; give that of the token")
+        raise UserError(f"{file}: {field} = {name!r} is no text; give that of the token")
     return name
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from seqeff.data import Batch
+from seqeff.data import Batch, ByteLengths
 from seqeff.models import token_losses
 from seqeff.models.flops import entries_of_tokens
 
@@ -103,16 +103,14 @@ def sums_by_part(
 
 
 def make_evaluate(
-    graph: nnx.GraphDef, byte_lengths: np.ndarray, parts: int = 1
+    graph: nnx.GraphDef, byte_lengths: ByteLengths, parts: int = 1
 ) -> Callable[[Any, Iterable[Batch]], list[Perplexity]]:
     """A function of (parameters, batches) that is compiled once; gives scores by position.
 
     Args:
-      byte_lengths: UTF-8 bytes that each token id stands for, int [vocabulary].
       parts: equal parts of a row's length. A token counts in that of its place in its document:
         how much context there is for the one after it.
     """
-    lengths = jnp.asarray(byte_lengths)
 
     @jax.jit
     def sums(parameters: Any, batch: Batch) -> Array:
@@ -120,7 +118,7 @@ def make_evaluate(
         hidden = model(batch.tokens, batch.document_start)
         losses = token_losses(hidden, model.head(), batch.targets)
         counted = batch.loss_weights > 0
-        sizes = jnp.take(lengths, batch.targets, mode="clip")
+        sizes = byte_lengths.of(batch.targets, batch.tokens)
         read, most = entries_of_tokens(model.config, batch.tokens, batch.document_start)
         length = batch.tokens.shape[1]
         place = jnp.broadcast_to(jnp.arange(length), counted.shape)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from seqeff.data import ByteLengths
 from seqeff.evaluation.books import Book, StreamResult, added, first_call
 from seqeff.evaluation.perplexity import sums_by_part
 from seqeff.models import DenseAttention, TransformerConfig, token_losses
@@ -25,7 +26,7 @@ _ROWS = 8
 def read_in_rows(
     config: TransformerConfig,
     parameters: Any,
-    byte_lengths: np.ndarray,
+    byte_lengths: ByteLengths,
     books: Sequence[Book],
     length: int,
     parts: int = 1,
@@ -37,7 +38,6 @@ def read_in_rows(
     """
     dense = dataclasses.replace(config, attention=DenseAttention(), layer_attention={})
     graph, _ = nnx.split(abstract_model(dense))
-    sizes = jnp.asarray(byte_lengths)
 
     @jax.jit
     def sums(
@@ -45,8 +45,9 @@ def read_in_rows(
     ) -> Float[Array, "parts 5"]:
         model = nnx.merge(graph, parameters)
         losses = token_losses(model(tokens), model.head(), targets)
+        sizes = byte_lengths.of(targets, tokens)
         place = jnp.broadcast_to(jnp.arange(1, length + 1), part.shape)
-        return sums_by_part(part, parts, losses, sizes[targets], place, place)
+        return sums_by_part(part, parts, losses, sizes, place, place)
 
     empty = np.zeros((_ROWS, length), np.int32)
     device_bytes = first_call(sums, parameters, empty, empty, empty - 1)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seqeff.checks import UserError
+from seqeff.data import ByteLengths
 from seqeff.evaluation.books import Book, StreamResult, added, first_call
 from seqeff.evaluation.perplexity import sums_by_part
 from seqeff.models import (
@@ -45,14 +46,13 @@ class Stream:
     def __init__(
         self,
         config: TransformerConfig,
-        byte_lengths: np.ndarray,
+        byte_lengths: ByteLengths,
         chunk: int = _CHUNK,
         parts: int = 1,
     ) -> None:
         """
         Args:
           config: all of whose layers have caches of constant size.
-          byte_lengths: UTF-8 bytes that each token id stands for, int [vocabulary].
           chunk: tokens taken at a time.
           parts: equal ones of each text, which are told apart.
 
@@ -208,7 +208,7 @@ class _Place:
 
 def _take(
     config: TransformerConfig,
-    byte_lengths: np.ndarray,
+    byte_lengths: ByteLengths,
     parts: int,
     parameters: Any,
     cache: Cache,
@@ -222,7 +222,7 @@ def _take(
     read, resident = entries_of_cache(config, cache, tokens, count[None])
     hidden, cache = model.extend(tokens, cache, count[None])
     losses = token_losses(hidden, model.head(), targets)
-    sizes = jnp.asarray(byte_lengths)[targets]
+    sizes = byte_lengths.of(targets, tokens)
     return sums_by_part(part, parts, losses, sizes, read, resident[:, None]), cache
 
 

@@ -109,19 +109,19 @@ class Engine:
         self.ended: collections.Counter[Reason] = collections.Counter()
         self.rows = max(slots, _LEAST_ROWS.get(jax.default_backend(), 1))
         self.tokenizer, self.chunks, self.prompt_rows = tokenizer, chunks, prompt_rows
-        end, size = tokenizer.end_of_text, tokenizer.vocabulary_size
+        ends, size = tokenizer.ends_of_text, tokenizer.vocabulary_size
         self.prepare = jax.jit(functools.partial(cached_parameters, config))
         self.empty = jax.jit(
             functools.partial(device.empty_slots, config, size, context=context or 1, kept=kept),
             static_argnames="count",
         )
         self.read = jax.jit(
-            functools.partial(device.read_prompts, config, end),
+            functools.partial(device.read_prompts, config, ends),
             static_argnames="way",
             donate_argnames="slots",
         )
         self.decode = jax.jit(
-            functools.partial(device.decode, config, end, steps),
+            functools.partial(device.decode, config, ends, steps),
             static_argnames="way",
             donate_argnames="slots",
         )

@@ -48,9 +48,9 @@ class Piece(NamedTuple):
     Attributes:
       request: its number, from 0.
       text: further text; empty while it may be the beginning of a stop string.
-      tokens: further ids, without the end of text.
+      tokens: further ids, without an end of text.
       log_probabilities: theirs, under the model itself.
-      reason: why it ends with this piece: the end of text, as many tokens as asked for or as there
+      reason: why it ends with this piece: an end of text, as many tokens as asked for or as there
         was room for, a stop string, or scores of the next token that are no numbers; None: it goes
         on.
     """
@@ -101,7 +101,7 @@ class Occupant:
         self.number, self.request, self.wanted = number, request, wanted
         self.read = self.scheduled = self._drawn = 0
         self.reason: Reason | None = None
-        self._text, self._end = StoppedText(tokenizer, request.stops), tokenizer.end_of_text
+        self._text, self._ends = StoppedText(tokenizer, request.stops), tokenizer.ends_of_text
 
     @property
     def reads(self) -> bool:
@@ -127,7 +127,7 @@ class Occupant:
                 # of what is no number the likeliest is the first id, often the end of text
                 self.reason = "not finite"
                 break
-            if token == self._end:
+            if token in self._ends:
                 self.reason = "end"
                 break
             tokens.append(token)

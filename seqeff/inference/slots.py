@@ -86,7 +86,7 @@ def empty_slots(
 
 def read_prompts(
     config: TransformerConfig,
-    end: int,
+    ends: tuple[int, ...],
     parameters: Any,
     slots: Slots,
     rows: Int[Array, " rows"] | None,
@@ -97,7 +97,7 @@ def read_prompts(
     """Takes chunks of prompts in, and draws the first token after those that end.
 
     Args:
-      end: the token after which nothing is drawn.
+      ends: tokens after which nothing is drawn.
       parameters: of the `CachedTransformer`.
       rows: slots of the chunks' rows; None: all, in order.
       way: that suits all of the chunks' settings.
@@ -118,26 +118,31 @@ def read_prompts(
     seen = _marked(taken.seen, chunk.tokens, real)
     taken = Slots(taken.cache, taken.token, left, drawn, settings, seen)
     is_real = chunk.wanted > 0
-    taken, found = _step(config, end, parameters, taken, chunk.tokens, chunk.count, is_real, way)
+    taken, found = _step(config, ends, parameters, taken, chunk.tokens, chunk.count, is_real, way)
     return taken if rows is None else replace_rows(slots, rows, taken), found
 
 
 def decode(
-    config: TransformerConfig, end: int, steps: int, parameters: Any, slots: Slots, way: Way
+    config: TransformerConfig,
+    ends: tuple[int, ...],
+    steps: int,
+    parameters: Any,
+    slots: Slots,
+    way: Way,
 ) -> tuple[Slots, Drawn]:
     """Draws so many further tokens of every slot, or fewer where fewer are to be drawn."""
 
     def step(slots: Slots, _: None) -> tuple[Slots, Drawn]:
         is_real = slots.left > 0
         count = is_real.astype(jnp.int32)
-        return _step(config, end, parameters, slots, slots.token[:, None], count, is_real, way)
+        return _step(config, ends, parameters, slots, slots.token[:, None], count, is_real, way)
 
     return jax.lax.scan(step, slots, length=steps)
 
 
 def _step(
     config: TransformerConfig,
-    end: int,
+    ends: tuple[int, ...],
     parameters: Any,
     slots: Slots,
     tokens: Int[Array, "slots rows"],
@@ -156,7 +161,8 @@ def _step(
     token, log_probability = draw(logits, slots.settings, slots.drawn, slots.seen, way)
     token = jnp.where(is_real, token, slots.token)
     left = jnp.where(is_real, slots.left - 1, slots.left)
-    left = jnp.where(is_real & (token == end), 0, left)
+    at_end = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(1)
+    left = jnp.where(is_real & at_end, 0, left)
     seen = slots.seen
     if way == "filtered":
         seen = _marked(seen, token[:, None], is_real[:, None])

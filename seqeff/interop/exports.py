@@ -16,6 +16,7 @@ import numpy as np
 
 from seqeff.checks import UserError, flatten
 from seqeff.data import Tokenizer
+from seqeff.data.tokenizer import SETTINGS
 from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
 from seqeff.interop.merges import merge
@@ -28,7 +29,6 @@ from seqeff.interop.outputs import (
 from seqeff.interop.settings import Settings
 from seqeff.interop.tensors import by_name, parameter_shapes, placements, without_place
 from seqeff.interop.tokenizer_files import (
-    SETTINGS,
     copy_tokenizer,
     tokenizer_settings,
 )
@@ -95,13 +95,13 @@ def export_model(
     parameters = by_name(read_parameters(run, own_shapes, checkpoint))
     parameter = functools.partial(merged.parameter, parameters)
     cast = DTYPES[dtype]
+    length, ends = config.positions.limit or length, tokenizer.ends_of_text
     with new_directory(output) as partial:
-        length = config.positions.limit or length
         settings |= {
             family.length: length,
             "torch_dtype": dtype,
             "bos_token_id": tokenizer.named_begin,
-            "eos_token_id": tokenizer.end_of_text,
+            "eos_token_id": tokenizer.end_of_text if len(ends) == 1 else list(ends),
         }
         _write_json(partial / "config.json", settings)
         if variant is not None:

@@ -13,6 +13,8 @@ import numpy as np
 
 from seqeff.checks import ConfigError, UserError
 from seqeff.data import Data, NoText, Tokenizer, TokenizerFile, fingerprint_without_documents
+from seqeff.data.files import read_object
+from seqeff.data.tokenizer import GENERATION, ends_listed
 from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
 from seqeff.interop.settings import Settings
@@ -43,17 +45,19 @@ class HuggingFaceModel:
         config: TransformerConfig,
         length: int,
         tokenizer: Tokenizer,
+        ends: tuple[int, ...],
         tokenizer_directory: Path,
         weights: WeightFiles,
         placed: Mapping[str, Placement],
     ) -> None:
         """
         Args:
+          ends: ids with which the model ends a text.
           tokenizer_directory: that the tokenizer was read from.
           placed: every tensor of the model, by its name among the weights.
         """
         self.config, self.length, self.tokenizer = config, length, tokenizer
-        self._tokenizer_directory = tokenizer_directory
+        self._ends, self._tokenizer_directory = ends, tokenizer_directory
         self._weights, self._placed = weights, placed
 
     def train_config(self, run: RunDirectory) -> Train:
@@ -78,6 +82,11 @@ class HuggingFaceModel:
         with run.writing():
             run.tokenizer.mkdir(exist_ok=True)
             copy_tokenizer(self._tokenizer_directory, run.tokenizer)
+            if not {*self._ends} <= {*self.tokenizer.ends_of_text}:
+                file = run.tokenizer / GENERATION
+                settings = read_object(file) if file.is_file() else {}
+                text = json.dumps({**settings, "eos_token_id": self._ends}, indent=2)
+                write_atomically(file, text + "\n")
             fingerprint = fingerprint_without_documents(self.tokenizer)
             write_atomically(run.data, json.dumps(fingerprint, indent=2) + "\n")
         with CheckpointStore(run.checkpoints, Checkpoints()) as store:
@@ -124,29 +133,33 @@ def open_model(directory: Path) -> Iterator[HuggingFaceModel]:
                 "this model"
             )
         config = config.for_vocabulary(tokenizer.vocabulary())
-        _tell_ends(settings, config, tokenizer)
+        ends = _ends(directory, tokenizer)
+        if tokenizer.vocabulary_size < _MOST_PADDED * config.vocabulary_size:
+            print(
+                f"seqeff: the tokenizer has {tokenizer.vocabulary_size:,} of the model's "
+                f"{config.vocabulary_size:,} tokens: see that it is the model's own",
+                file=sys.stderr,
+            )
         with open_weights(directory) as weights:
             placed = _placed(directory, family, config, weights)
-            yield HuggingFaceModel(config, length, tokenizer, tokenizer_from, weights, placed)
+            yield HuggingFaceModel(config, length, tokenizer, ends, tokenizer_from, weights, placed)
 
 
-def _tell_ends(settings: Settings, config: TransformerConfig, tokenizer: Tokenizer) -> None:
-    """Tells where the model's ends of text are not the tokenizer's one, or tokens lack a text."""
-    given, size = settings.values.get("eos_token_id"), config.vocabulary_size
-    ends = given if isinstance(given, list) else [] if given is None else [given]
-    if ends and ends != [tokenizer.end_of_text]:
+def _ends(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What the model ends texts with, beside the end that its tokenizer names; tells of others.
+
+    As for `transformers`, a `generation_config.json` comes before the `config.json`.
+    """
+    files = (directory / name for name in (GENERATION, "config.json"))
+    found = (ends_listed(file) for file in files if file.is_file())
+    listed = next((ends for ends in found if ends is not None), ())
+    if unknown := [str(end) for end in listed if end >= tokenizer.vocabulary_size]:
         print(
-            f"seqeff: {settings.place} ends texts with {', '.join(map(str, ends))}; here "
-            f"{tokenizer.end_of_text} alone does, {tokenizer.end_of_text_name!r}, as its tokenizer "
-            "says, and in what is exported",
+            f"seqeff: the model in {directory} ends texts with {', '.join(unknown)}, which its "
+            f"tokenizer lacks; here {tokenizer.end_of_text_name!r} does, as the tokenizer says",
             file=sys.stderr,
         )
-    if tokenizer.vocabulary_size < _MOST_PADDED * size:
-        print(
-            f"seqeff: the tokenizer has {tokenizer.vocabulary_size:,} of the model's {size:,} "
-            "tokens: see that it is the model's own",
-            file=sys.stderr,
-        )
+    return tuple(end for end in listed if end < tokenizer.vocabulary_size)
 
 
 def _family(settings: Settings) -> Family:

@@ -13,19 +13,16 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from seqeff.checks import UserError
+from seqeff.data.tokenizer import COMPANIONS, SETTINGS, TOKENIZER
 from seqeff.interop.settings import Settings
 
-TOKENIZER = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
-FILES = (TOKENIZER, SETTINGS, _SPECIAL, "chat_template.jinja")
-"""What is kept of a tokenizer; only the first must be there."""
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies what there is of a tokenizer."""
-    for name in FILES:
+    for name in (TOKENIZER, *COMPANIONS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -94,7 +94,7 @@ def test_a_store_holds_every_document(
     assert store.part.documents == 5
     assert store.part.bytes == 2 * len(text.encode()) + 3
     assert store.part.tokens == store.lengths.sum() == sum(len(shard) - 1 for shard in store.shards)
-    lengths = tokenizer.byte_lengths()
+    lengths = tokenizer.byte_lengths().inside
     assert sum(lengths[shard].sum() for shard in store.shards) == store.part.bytes
     for index, start in enumerate(store.starts):
         shard = np.searchsorted(store.shard_starts, start, side="right") - 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -24,7 +25,7 @@ def stream(tokenizer, ids):
 @given(unicode_text)
 def test_byte_level_tokens_add_up_to_the_text(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert tokenizer.byte_lengths().inside[ids].sum() == len(text.encode())
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
     assert tokenizer.decode(ids) == text
     assert stream(tokenizer, ids) == text
@@ -44,7 +45,7 @@ def test_special_tokens_come_from_nowhere_and_weigh_nothing(tokenizer):
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.end_of_text not in ids
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
-    assert tokenizer.byte_lengths()[tokenizer.end_of_text] == 0
+    assert tokenizer.byte_lengths().inside[tokenizer.end_of_text] == 0
     assert tokenizer.vocabulary()[tokenizer.end_of_text] == ""
     assert tokenizer.decode([tokenizer.end_of_text, *tokenizer.encode("a")]) == "a"
 
@@ -67,7 +68,7 @@ def test_a_text_begins_as_the_tokenizer_says(tokenizer):
     assert other.end_of_text == tokenizer.end_of_text
     assert other.document_ends == (tokenizer.end_of_text,)
     assert other.encode("a") == tokenizer.encode("a")
-    assert other.byte_lengths()[300] == 0
+    assert other.byte_lengths().inside[300] == 0
     same = beginning(tokenizer, tokenizer.end_of_text_name)
     assert same.document_ends == ()
 
@@ -75,7 +76,7 @@ def test_a_text_begins_as_the_tokenizer_says(tokenizer):
 def test_the_vocabulary_is_the_text_of_each_id(tokenizer):
     vocabulary = tokenizer.vocabulary()
     assert len(vocabulary) == tokenizer.vocabulary_size == 300
-    assert tokenizer.byte_lengths().dtype == np.int32
+    assert tokenizer.byte_lengths().inside.dtype == np.int32
     for index, text in enumerate(vocabulary):
         if index != tokenizer.end_of_text:
             assert tokenizer.decode([index]) == text
@@ -113,8 +114,12 @@ def test_byte_fallback_and_metaspace_add_up_to_the_text(text):
     ids = tokenizer.encode(text)
     expected = marked.replace("▁", " ")
     assert stream(tokenizer, ids) == expected
-    assert tokenizer.byte_lengths()[ids].sum() == len(expected.encode())
-    assert tokenizer.byte_lengths()[[0, 1, 2]].tolist() == [0, 0, 0]
+    assert tokenizer.byte_lengths().inside[ids].sum() == len(expected.encode())
+    lengths = tokenizer.byte_lengths()
+    assert lengths.inside[[0, 1, 2]].tolist() == [0, 0, 0]
+    # of one shape, as each compiles
+    tokens, before = (jnp.array([*x, *[0] * (1024 - len(x))]) for x in (ids, [2, *ids][:-1]))
+    assert lengths.of(tokens, before).sum() == len(expected[1:].encode())
 
 
 def test_the_metaspace_decoder_is_read_too():
@@ -130,6 +135,30 @@ def test_decoders_that_have_no_bytes_a_token_are_refused(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="decoder 'WordPiece' is not supported"):
         Tokenizer.load(tmp_path)
+
+
+def test_what_stands_beside_a_file_goes_with_it(tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    for folder in (first, second, third):
+        folder.mkdir()
+    metaspace_tokenizer().save(str(first / "tokenizer.json"))
+    beside = {
+        "tokenizer_config.json": '{"eos_token": {"content": "</s>"}, "bos_token": "<s>", "x": 1}',
+        "special_tokens_map.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": '{"eos_token_id": 0}',
+    }
+    for name, content in beside.items():
+        (first / name).write_text(content)
+    Tokenizer.load(first).save(second)
+    assert {name: (second / name).read_text() for name in beside} == beside
+    kept = Tokenizer.load(second)
+    assert (kept.end_of_text, kept.ends_of_text, kept.named_begin) == (2, (2, 0), 1)
+    # another end of text stands in the settings too
+    Tokenizer.load(first, end_of_text="<unk>").save(third)
+    assert Tokenizer.load(third).ends_of_text == (0,)
+    settings = json.loads((third / "tokenizer_config.json").read_text())
+    assert settings == {"eos_token": "<unk>", "bos_token": "<s>", "x": 1}
 
 
 def test_truncation_padding_and_templates_of_a_file_are_ignored(tmp_path, text):

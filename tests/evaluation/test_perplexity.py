@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from tiny_run import refused, seqeff, validations_of
 
-from seqeff.data import Batch
+from seqeff.data import Batch, ByteLengths
 from seqeff.evaluation import Perplexity, make_evaluate
 from seqeff.models.flops import abstract_model
 
@@ -37,10 +37,12 @@ def test_sums_are_those_of_a_loop_over_tokens(tiny):
     graph, _ = nnx.split(abstract_model(config))
     parameters = nnx.to_pure_dict(nnx.split(model)[1])
     choose = np.random.default_rng(0)
-    lengths = choose.integers(0, 9, 300).astype(np.int32)
+    inside, first = choose.integers(0, 9, (2, 300)).astype(np.int32)
+    lengths = ByteLengths(inside, first, begin=3)
     batches = []
     for _ in range(2):
         tokens = choose.integers(0, 300, (3, 18)).astype(np.int32)
+        tokens[:, 5] = 3
         weights = (choose.random((3, 17)) < 0.6).astype(np.float32)
         batches.append(Batch(tokens[:, :-1], tokens[:, 1:], weights, None))
     (result,) = make_evaluate(graph, lengths)(parameters, batches)
@@ -52,7 +54,8 @@ def test_sums_are_those_of_a_loop_over_tokens(tiny):
             target = batch.targets[row, place]
             nats -= float(scores[row, place, target])
             tokens += 1
-            size += int(lengths[target])
+            begins = batch.tokens[row, place] == 3
+            size += int((first if begins else inside)[target])
             read += place + 1
     assert (result.tokens, result.bytes) == (tokens, size)
     assert result.nats == pytest.approx(nats, rel=1e-5)
@@ -63,7 +66,8 @@ def test_scores_by_position_are_those_of_the_masked_tokens(tiny):
     model = tiny.load().model.make(nnx.Rngs(0))
     graph, _ = nnx.split(abstract_model(tiny.load().model))
     parameters = nnx.to_pure_dict(nnx.split(model)[1])
-    choose, lengths = np.random.default_rng(1), np.ones(300, np.int32)
+    choose, ones = np.random.default_rng(1), np.ones(300, np.int32)
+    lengths = ByteLengths(ones, ones, begin=0)
     tokens = choose.integers(0, 300, (2, 19)).astype(np.int32)
     start = np.array([[0] * 18, [0] * 7 + [7] * 11], np.int32)
     weights = np.ones((2, 18), np.float32)

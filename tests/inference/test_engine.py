@@ -261,7 +261,7 @@ def test_it_ends_before_the_end_of_text(made, tokenizer, monkeypatch):
     config, model = made("dense")
     request = Request(prompt=[9], tokens=10, sampling=Sampling(seed=1, temperature=2.0))
     ((_, whole, _, _),) = gather(Engine(config, tokenizer, context=64, steps=3), model, [request])
-    monkeypatch.setattr(tokenizer, "end_of_text", whole[6])
+    monkeypatch.setattr(tokenizer, "ends_of_text", (-1, whole[6]))
     engine = Engine(config, tokenizer, context=64, steps=3)
     ((_, tokens, chances, reason),) = gather(engine, model, [request])
     assert (tokens, reason) == (whole[: whole.index(whole[6])], "end")
@@ -275,7 +275,7 @@ def test_it_ends_before_the_end_of_text(made, tokenizer, monkeypatch):
 @pytest.mark.parametrize("steps", [1, 7])
 def test_stop_strings(made, tokenizer, steps, monkeypatch):
     config, model = made("bounded")
-    monkeypatch.setattr(tokenizer, "end_of_text", -1)
+    monkeypatch.setattr(tokenizer, "ends_of_text", ())
     engine = Engine(config, tokenizer, slots=2, steps=steps)
     request = Request(prompt=[9, 30], tokens=40, sampling=Sampling(seed=1, temperature=1.5))
     ((text, tokens, _, _),) = gather(engine, model, [request])

@@ -154,6 +154,7 @@ MeshConfig.data = 1
     ours, theirs = model_of(run)[1], model_of(imported)[1]
     np.testing.assert_allclose(ours["embedding"], theirs["embedding"], atol=1e-7)
     assert "SeparatorLlamaForCausalLM" in done("export", run, "--to", "hf")
+    assert files_of(run / "tokenizer").keys() == files_of(imported / "tokenizer").keys()
 
 
 def test_it_is_not_trained_in_place(imported, book):
@@ -461,12 +462,28 @@ def test_a_tokenizer_of_vocabulary_and_merges(source, imported, tmp_path):
     assert f"cannot read vocab.json and merges.txt in {source}" in line
 
 
-def test_other_ends_of_text_are_told(source, tmp_path):
-    settings = json.loads((source / "config.json").read_text())
-    write_json(source / "config.json", settings | {"eos_token_id": [0, 5]})
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+def test_all_ends_of_text_come_along(place, source, book, tmp_path):
+    file = source / place
+    settings = json.loads(file.read_text()) if file.exists() else {"temperature": 0.5}
+    write_json(file, settings | {"eos_token_id": [5, 0, 999_999]})
     result = seqeff("import", source, tmp_path / "run")
     assert result.status == 0
-    assert f"config.json ends texts with 0, 5; here 0 alone does, {END_OF_TEXT!r}" in result.errors
+    assert "ends texts with 999999, which its tokenizer lacks" in result.errors
+    tokenizer = Tokenizer.load(tmp_path / "run/tokenizer")
+    assert tokenizer.ends_of_text == (0, 5)
+    done("export", tmp_path / "run", "--to", "hf", "--output", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [0, 5]
+    done("import", tmp_path / "out", tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again/tokenizer").ends_of_text == (0, 5)
+    kept = json.loads((tmp_path / "again/tokenizer/generation_config.json").read_text())
+    assert kept.get("temperature") == (None if place == "config.json" else 0.5)
+
+
+def test_ends_of_text_that_are_no_ids(source, tmp_path):
+    write_json(source / "generation_config.json", {"eos_token_id": ["</s>"]})
+    line = refused("import", source, tmp_path / "run")
+    assert "eos_token_id = ['</s>'] is neither an id nor a list of ids" in line
 
 
 def test_a_number_that_a_type_has_no_room_for_is_named(source, tmp_path):

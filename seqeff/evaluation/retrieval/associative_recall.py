@@ -49,7 +49,7 @@ class AssociativeRecall:
                 f"{length} tokens are too few: {pairs} pairs and their questions take {needed}; "
                 "give longer --lengths"
             )
-        ids = np.flatnonzero(tokenizer.byte_lengths()).tolist()
+        ids = np.flatnonzero(tokenizer.byte_lengths().inside).tolist()
         if len(ids) <= 2 * pairs:
             raise UserError(
                 f"AssociativeRecall.pairs = {pairs} needs more than {2 * pairs} tokens with text; "

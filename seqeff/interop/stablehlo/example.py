@@ -4,6 +4,7 @@ python example.py "The cat"     # text, where the package tokenizers is installe
 python example.py 17 3 8        # ids of tokens
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -99,7 +100,7 @@ def main() -> None:
     """Prints a prompt with its continuation."""
     folder, words = Path(__file__).parent, sys.argv[1:]
     model = Model(folder)
-    begin, end = model.about["begin_of_text"], model.about["end_of_text"]
+    begin, ends = model.about["begin_of_text"], set(model.about["ends_of_text"])
     tokenizer = None
     if words and all(map(str.isdecimal, words)):
         prompt = [int(word) for word in words]
@@ -109,7 +110,7 @@ def main() -> None:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         prompt = [begin, *tokenizer.encode(" ".join(words), add_special_tokens=False).ids]
     drawn = model.generate([prompt], 40)[0].tolist()
-    tokens = [*prompt, *(drawn[: drawn.index(end)] if end in drawn else drawn)]
+    tokens = [*prompt, *itertools.takewhile(lambda token: token not in ends, drawn)]
     print(*tokens) if tokenizer is None else print(tokenizer.decode(tokens))
 
 

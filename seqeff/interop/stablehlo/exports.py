@@ -70,7 +70,7 @@ def export_functions(
         "row_length": length,
         "most_tokens": config.positions.limit,
         "begin_of_text": tokenizer.begin_of_text,
-        "end_of_text": tokenizer.end_of_text,
+        "ends_of_text": tokenizer.ends_of_text,
         "attention_backend": backend,
         **_description(functions, exported, weights),
     }

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from seqeff.data import ByteLengths
 from seqeff.evaluation.retrieval import Row
 from seqeff.inference import CacheUse
 
@@ -9,7 +10,8 @@ from seqeff.inference import CacheUse
 class Bytes:
     """A token a byte, and the end of text."""
 
-    begin_of_text = end_of_text = 256
+    begin_of_text = 256
+    ends_of_text = (256,)
     vocabulary_size, fingerprint = 257, "bytes"
 
     def encode(self, text):
@@ -19,7 +21,8 @@ class Bytes:
         return bytes(int(x) for x in ids if x < 256).decode()
 
     def byte_lengths(self):
-        return np.array([1] * 256 + [0], np.int32)
+        lengths = np.array([1] * 256 + [0], np.int32)
+        return ByteLengths(lengths, lengths, self.begin_of_text)
 
     def token_bytes(self, token):
         return bytes([token]) if token < 256 else b""
