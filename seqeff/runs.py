@@ -84,9 +84,10 @@ class RunDirectory:
     def require(self) -> RunDirectory:
         """This directory, or a UserError if no run was begun in it."""
         if not self.exists():
+            lacks = f"has no {self.operative_config.name}" if self.path.exists() else "is not there"
             raise UserError(
-                f"{self.path} is not a run directory: it has no {self.operative_config.name}; "
-                "give the directory that `seqeff train` or `seqeff import` printed"
+                f"{self.path} is not a run directory: it {lacks}; give the directory that "
+                "`seqeff train` or `seqeff import` printed"
             )
         return self
 

@@ -371,7 +371,7 @@ def test_a_full_disk(tiny, finished, tmp_path):
         (["train", "a.gin", "--gin.Train.steps"], "--gin.Train.steps has no value"),
         (["info", "--gin.Train.steps=3"], "seqeff info takes no --gin overrides"),
         (["eval", "."], "is not a run directory: it has no operative_config.gin"),
-        (["eval", "absent"], "is not a run directory"),
+        (["eval", "absent"], "absent is not a run directory: it is not there"),
         (["generate", "absent", "--prompt", "a"], "is not a run directory"),
         (["generate", ".", "--prompt", "a"], "is not a run directory"),
         (["bench"], "the following arguments are required: BENCHMARK; see seqeff bench --help"),

@@ -30,8 +30,8 @@ def add(commands: Commands) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="printed before its continuation")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt of any length")
     text = (
-        "a JSON object a line, with prompt and perhaps id, tokens, stop and the settings below in "
-        "place of those given; -: the standard input"
+        "a JSON object a line, with prompt, or messages of role and content, and perhaps id, "
+        "tokens, stop and the settings below in place of those given; -: the standard input"
     )
     prompt.add_argument("--prompts", metavar="FILE.jsonl", help=text)
     generate.add_argument("--tokens", type=positive, default=200, help="at most (default: 200)")

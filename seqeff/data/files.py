@@ -12,6 +12,8 @@ from typing import Any
 
 from seqeff.checks import UserError
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A hint `"; did you mean 'x'?"` with the choice closest to the name, or an empty string."""
@@ -69,11 +71,21 @@ def describe_files(files: Sequence[Path]) -> list[list[str | int]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file; a failure to read is a `UserError`."""
+    """The whole file; a failure to read, or a pointer of Git LFS, is a `UserError`."""
     try:
-        return path.read_bytes()
+        found = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    require_content(path, found)
+    return found
+
+
+def require_content(path: Path, beginning: bytes) -> None:
+    """Refuses what Git LFS leaves in a file's place until it is fetched."""
+    if beginning.startswith(_POINTER):
+        raise UserError(
+            f"{path} is a pointer of Git LFS, not the file: fetch it there with git lfs pull"
+        )
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from seqeff.inference.requests import Piece, Request
 from seqeff.inference.sampling import Sampling
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
-_FIELDS = ("prompt", "id", "tokens", "stop", *_SAMPLING)
+_FIELDS = ("prompt", "messages", "id", "tokens", "stop", *_SAMPLING)
 
 
 class Named(NamedTuple):
@@ -27,24 +27,31 @@ class Named(NamedTuple):
 
 
 def to_request(
-    tokenizer: Tokenizer, prompt: str, defaults: Request, chat: ChatTemplate | None = None
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Mapping[str, str]],
+    defaults: Request,
+    chat: ChatTemplate | None = None,
 ) -> Request:
-    """The request of a prompt's text, which begins a document.
+    """The request of a prompt's text, which begins a document, or of a chat's messages.
 
     Args:
-      chat: makes the prompt what a user says, and the continuation the answer.
+      prompt: a text, or messages with `role` and `content`.
+      chat: makes a text what a user says, and the continuation the answer.
 
     Raises:
-      UserError: the prompt is no valid text, or nothing that the template takes.
+      UserError: the prompt is no valid text, or nothing that the template takes; there is none.
     """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        prompt.encode()
+        "".join(text for message in messages for text in message.values()).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid text: {error}") from error
-    if chat is None:
+    if chat is not None:
+        ids = tokenizer.encode_marked(chat.render(messages))
+    elif isinstance(prompt, str):
         ids = [tokenizer.begin_of_text, *tokenizer.encode(prompt)]
     else:
-        ids = tokenizer.encode_marked(chat.render([{"role": "user", "content": prompt}]))
+        raise UserError("messages need a chat template: give --apply-chat-template")
     return dataclasses.replace(defaults, prompt=ids)
 
 
@@ -53,8 +60,9 @@ def read_requests(
 ) -> list[Named]:
     """The requests of a file, a JSON object a line; `-` is the standard input.
 
-    A line has `prompt` and perhaps `id`, `tokens`, `stop` (a text, or a list of them) and the
-    fields of `Sampling`, each in place of the default. Empty lines are passed over.
+    A line has `prompt`, or `messages` (objects of `role` and `content`), and perhaps `id`,
+    `tokens`, `stop` (a text, or a list of them) and the fields of `Sampling`, each in place of the
+    default. Empty lines are passed over.
 
     Args:
       chat: see `to_request`.
@@ -96,9 +104,7 @@ def _named(
     for name in fields:
         if name not in _FIELDS:
             raise UserError(f"there is no field {name!r}{nearest(name, _FIELDS)}")
-    prompt, stops = fields.get("prompt"), fields.get("stop", defaults.stops)
-    if not isinstance(prompt, str):
-        raise UserError(f"prompt is {prompt!r}: give a text")
+    prompt, stops = _prompt(fields), fields.get("stop", defaults.stops)
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
         raise UserError(f"stop is {stops!r}: give a text, or a list of texts")
@@ -114,6 +120,32 @@ def _named(
     except ValueError as error:
         raise UserError(f"id is {name!r}: give what JSON can hold") from error
     return Named(name, to_request(tokenizer, prompt, request, chat))
+
+
+def _prompt(fields: Mapping[str, Any]) -> str | Sequence[Mapping[str, str]]:
+    if "messages" not in fields:
+        prompt = fields.get("prompt")
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt is {prompt!r}: give a text")
+        return prompt
+    if "prompt" in fields:
+        raise UserError("this has both prompt and messages: give one of them")
+    messages = fields["messages"]
+    if not (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(message, dict)
+            and message.keys() == {"role", "content"}
+            and all(isinstance(text, str) for text in message.values())
+            for message in messages
+        )
+    ):
+        raise UserError(
+            f"messages is {messages!r}: give a list of objects, each with the texts role and "
+            "content"
+        )
+    return messages
 
 
 def results(

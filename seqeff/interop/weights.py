@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from seqeff.checks import UserError
+from seqeff.data.files import require_content
 from seqeff.interop.settings import Settings
 
 _INDEX = ".index.json"
@@ -75,7 +76,10 @@ def open_weights(directory: Path) -> Iterator[WeightFiles]:
         if not listed:
             continue
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(opened(directory / file)) for file in sorted(listed)]
+            files = []
+            for path in (directory / file for file in sorted(listed)):
+                _require_fetched(path)
+                files.append(stack.enter_context(opened(path)))
             weights = WeightFiles(files)
             absent = sorted(set().union(*listed.values()) - weights.entries.keys())
             if absent:
@@ -159,6 +163,14 @@ def _listed(directory: Path, single: str) -> dict[str, set[str]]:
             raise UserError(f"{index} lists {file}, which is not there; download it")
         listed.setdefault(file, set()).add(name)
     return listed
+
+
+def _require_fetched(file: Path) -> None:
+    try:
+        with open(file, "rb") as opened:
+            require_content(file, opened.read(100))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _entry(shape: Iterable[int], type_name: str) -> Entry:

@@ -34,9 +34,11 @@ class Progress:
     ) -> None:
         self._stream = stream or sys.stderr
         self._silent = jax.process_index() != 0
-        self._steps, self._first, self._step = steps, done, done
+        self._steps, self._step = steps, done
         self._interval, self._clock = interval, clock
-        self._start = self._printed = clock()
+        self._printed = clock()
+        # the first step compiles, so that time left follows from those after it
+        self._start: tuple[int, float] | None = None
         self._bar = None
         if not self._silent and self._stream.isatty():
             self._bar = tqdm(
@@ -61,9 +63,18 @@ class Progress:
         now = self._clock()
         if self._bar is None and (step == self._steps or now - self._printed >= self._interval):
             self._printed = now
-            remaining = (now - self._start) / max(step - self._first, 1) * (self._steps - step)
-            left = tqdm.format_interval(remaining)
-            self._print(f"step {step}/{self._steps}, {state}, {left} left")
+            self._print(f"step {step}/{self._steps}, {state}{self._left(step, now)}")
+        self._start = self._start or (step, now)
+
+    def _left(self, step: int, now: float) -> str:
+        """The time left, for a line; nothing as long as it is not known."""
+        if step == self._steps:
+            return ", 00:00 left"
+        if self._start is None:
+            return ""
+        first, begin = self._start
+        remaining = (now - begin) / max(step - first, 1) * (self._steps - step)
+        return f", {tqdm.format_interval(remaining)} left"
 
     def write(self, text: str) -> None:
         """Prints text above the bar."""

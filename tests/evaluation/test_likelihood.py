@@ -30,13 +30,11 @@ def random_model(attention, **changes):
     config = TransformerConfig(
         vocabulary_size=VOCABULARY,
         width=16,
-        layers=3 if changes else 2,
+        layers=3,
         projections=HeadProjections(heads=2),
         feed_forward=FeedForward(hidden=24),
         attention=attention,
-        dtype="float32",
-        attention_backend="reference",
-        **changes,
+        **{"dtype": "float32", "attention_backend": "reference", **changes},
     )
     graph, state = nnx.split(config.make(nnx.Rngs(0)))
     random = np.random.default_rng(0)
@@ -86,3 +84,25 @@ def test_scores(attention, quick_compilation):
     for score, other in zip(found, alone, strict=True):
         np.testing.assert_allclose(score.log_probability, other.log_probability, atol=1e-5)
     assert likelihoods.scores([]) == []
+
+
+def test_a_pair_has_the_same_shapes_and_bits_in_any_company():
+    config, _, parameters = random_model(ATTENTIONS["separators"], dtype="bfloat16")
+    likelihoods = Likelihoods(config, parameters, rows=4, length=200)
+    shapes = {}
+    read = likelihoods._read
+
+    def spied(parameters, tokens):
+        for row in tokens:
+            shapes.setdefault(tuple(np.trim_zeros(row, "b")), set()).add(tokens.shape)
+        return read(parameters, tokens)
+
+    likelihoods._read = spied
+    random = np.random.default_rng(2)
+    lengths = (3, 20, 61, 62, 63, 100, 125, 126, 140, 190, 197, 198)
+    pairs = [Pair(*(random.integers(1, VOCABULARY, n).tolist() for n in (x, 3))) for x in lengths]
+    together = likelihoods.scores(pairs)
+    assert together == [likelihoods.scores([pair])[0] for pair in pairs]
+    # of those without a pair
+    shapes.pop(())
+    assert [len(found) for found in shapes.values()] == [1] * len(pairs)

@@ -156,6 +156,10 @@ def test_prompts_of_a_file(finished, tmp_path, monkeypatch):
         ('{"promt": "a"}', "line 2: there is no field 'promt'; did you mean 'prompt'?"),
         ("{}", "line 2: prompt is None: give a text"),
         ('{"prompt": 3}', "line 2: prompt is 3: give a text"),
+        ('{"prompt": "", "messages": []}', "line 2: this has both prompt and messages"),
+        ('{"messages": []}', "line 2: messages is []: give a list of objects"),
+        ('{"messages": [{"role": "user"}]}', "each with the texts role and content"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "each with the texts role and content"),
         ('{"prompt": "a", "tokens": 0}', "line 2: Request.tokens = 0 must be at least 1"),
         ('{"prompt": "a", "tokens": 1.5}', "line 2: tokens is 1.5: give a whole number"),
         ('{"prompt": "a", "top_k": 3000000000}', "Sampling.top_k = 3000000000 must be at least 1"),
@@ -227,7 +231,15 @@ def test_a_chat_template(copied, tmp_path):
     file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": " the cat"}])
     lines = seqeff(*command, "--prompts", file, "--apply-chat-template").output
     assert json.loads(lines)["text"] == done.output.removesuffix("\n")
+    talk = [{"role": "user", "content": " the cat"}, {"role": "assistant", "content": "sat"}]
+    talks = write_lines(tmp_path / "talks.jsonl", [{"messages": talk, "id": "talk"}])
+    lines = seqeff(*command, "--prompts", talks, "--apply-chat-template").output
+    assert json.loads(lines)["text"] == done.output.removesuffix("\n")
+    assert "line 1: messages need a chat template" in refused(*command, "--prompts", talks)
     (copied / "tokenizer/chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    line = refused(*command, "--prompts", talks, "--apply-chat-template")
+    expected = "the chat template does not take messages of user, assistant: never"
+    assert line == f"{talks}, line 1: {expected}"
     line = refused(*command, "--prompts", file, "--apply-chat-template")
     assert line == f"{file}, line 1: the chat template does not take messages of user: never"
 

@@ -334,6 +334,14 @@ def test_files_that_are_not_there_or_damaged(source, tmp_path):
     assert "holds no tokenizer.json" in line()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_pointers_of_git_lfs(name, source, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n"
+    (source / name).write_text(pointer)
+    line = refused("import", source, tmp_path / "run")
+    assert line.startswith(f"{source / name} is a pointer of Git LFS, not the file: fetch it there")
+
+
 def test_files_of_pytorch_need_it(source, tmp_path, monkeypatch):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,8 @@ class Likelihoods:
     """Scores continuations, many at a time.
 
     Pairs that differ in their last token alone, as the choices of a question often do, share a row.
-    A row's scores do not depend on the others.
+    A row's scores do not depend on the others, to the last bit: the shapes that it is computed in
+    follow from its own length.
     """
 
     def __init__(
@@ -82,19 +83,25 @@ class Likelihoods:
         for number, pair in enumerate(pairs):
             whole = (*pair.context, *pair.continuation)
             rows.setdefault(whole[-self._length - 1 : -1], []).append(number)
-        # the longest first: rows of a call are alike, and what does not fit fails at once
+        # the longest first, as what does not fit fails at once then
         ordered = sorted(rows, key=lambda row: (-len(row), row))
         found: dict[int, Score] = {}
         calls: collections.deque[_Call] = collections.deque()
-        for first in itertools.chain(range(0, len(ordered), self._rows), [None] * _AHEAD):
-            if first is not None:
-                part = ordered[first : first + self._rows]
+        for part in itertools.chain(self._of_one_size(ordered), [None] * _AHEAD):
+            if part is not None:
                 calls.append(self._start(part, [rows[row] for row in part], pairs))
-            if calls and (first is None or len(calls) > _AHEAD):
+            if calls and (part is None or len(calls) > _AHEAD):
                 call = calls.popleft()
                 found |= zip(call.numbers, call.scores(), strict=True)
                 told(len(call.numbers))
         return [found[number] for number in range(len(pairs))]
+
+    def _of_one_size(self, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
+        """The rows of each call, from rows in the order of their lengths."""
+        for _, group in itertools.groupby(rows, lambda row: self._padded(len(row))):
+            same = list(group)
+            for first in range(0, len(same), self._rows):
+                yield same[first : first + self._rows]
 
     def _start(
         self,
