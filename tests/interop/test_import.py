@@ -471,7 +471,7 @@ def test_a_tokenizer_of_vocabulary_and_merges(source, imported, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
-def test_all_ends_of_text_come_along(place, source, book, tmp_path):
+def test_all_ends_of_text_come_along(place, source, tmp_path):
     file = source / place
     settings = json.loads(file.read_text()) if file.exists() else {"temperature": 0.5}
     write_json(file, settings | {"eos_token_id": [5, 0, 999_999]})
@@ -484,6 +484,8 @@ def test_all_ends_of_text_come_along(place, source, book, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [0, 5]
     done("import", tmp_path / "out", tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again/tokenizer").ends_of_text == (0, 5)
+    done("export", tmp_path / "again", "--to", "hf", "--output", tmp_path / "same")
+    assert files_of(tmp_path / "same") == files_of(tmp_path / "out")
     kept = json.loads((tmp_path / "again/tokenizer/generation_config.json").read_text())
     assert kept.get("temperature") == (None if place == "config.json" else 0.5)
 
