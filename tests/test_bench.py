@@ -449,9 +449,12 @@ def test_prompts_and_their_continuations(tiny, tmp_path, second_a_token):
     assert (row["whole_tokens_per_second"], row["share"]) == (round(6 / 5), None)
     # 3 initial tokens, 5 of the window and up to 2 separators
     assert 8 <= row["entries_read"] <= row["entries_resident"] <= 10
-    dense = seqeff("bench", "generate", tiny.config, *options)
+    assert row["sampling"]["temperature"] == 0
+    dense = seqeff("bench", "generate", tiny.config, *options, "--temperature", 0.7, "--top-p", 0.9)
     assert dense.status == 0, dense.errors
     (row,) = json.loads(file.read_text())["results"]
+    drawn = row["sampling"]
+    assert (drawn["temperature"], drawn["top_k"], drawn["top_p"]) == (0.7, None, 0.9)
     # a token reads itself too, and the last is not taken in
     assert row["entries_read"] == (21 + 22) / 2
     assert row["entries_resident"] == 20 + 2

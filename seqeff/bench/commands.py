@@ -17,6 +17,7 @@ from seqeff.checks import UserError
 from seqeff_kernels import gpu
 
 if TYPE_CHECKING:
+    from seqeff.inference import Sampling
     from seqeff.training import Train
 
 
@@ -56,25 +57,21 @@ def decode(shapes: Sequence[str], rivals: bool, file: Path | None, commit: str |
 
 def generate(
     configs: Sequence[tuple[str, Train]],
-    batch: int,
-    prompt: int,
-    tokens: int,
-    chunk: int,
-    prompt_rows: int,
-    repeats: int,
+    sizes: Mapping[str, int],
+    sampling: Sampling,
     overrides: Sequence[str],
     file: Path | None,
     commit: str | None,
 ) -> None:
-    """Times prompts and their continuations; see `benchmark_generation`.
+    """Times prompts and their continuations; `sizes` and the rest: see `benchmark_generation`.
 
     Raises:
       UserError: there is no step to time, or a config's table of positions is too short.
     """
-    if tokens < 2:
+    if sizes["tokens"] < 2:
         raise UserError("--tokens 1 leaves no step to time: give at least 2")
     for _, config in configs:
-        config.model.require_positions(prompt + tokens)
+        config.model.require_positions(sizes["prompt"] + sizes["tokens"])
     facts: dict[str, Any] = {"overrides": overrides}
 
     @functools.cache
@@ -83,12 +80,8 @@ def generate(
 
     rows = generate_bench.benchmark_generation(
         configs,
-        batch=batch,
-        prompt=prompt,
-        tokens=tokens,
-        chunk=chunk,
-        prompt_rows=prompt_rows,
-        repeats=repeats,
+        **sizes,
+        sampling=sampling,
         reference=None if gpu.compute_capability() is None else reference,
     )
     _tell("generate", rows, generate_bench, facts, file, commit)

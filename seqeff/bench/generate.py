@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # further tokens whose time is one of those of which the slowest is told
 _GROUP = 1000
+_GREEDY = Sampling(temperature=0.0, top_k=None)
 # tokens of the continuations that warm up
 _WARM_UP = 32
 
@@ -58,6 +59,7 @@ def benchmark_generation(
     chunk: int,
     prompt_rows: int = PROMPT_ROWS,
     repeats: int = 1,
+    sampling: Sampling = _GREEDY,
     reference: Callable[[], float] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields each config's times, of random parameters, after compilation.
@@ -73,16 +75,18 @@ def benchmark_generation(
       batch: requests, each with a prompt of its own, all at a time.
       prompt: tokens of a prompt, which the caches take a chunk at a time.
       prompt_rows: prompts that are read at a time.
-      tokens: of a continuation, the likeliest ones; at least two.
+      tokens: of a continuation; at least two.
       repeats: of all requests, timed one after another.
+      sampling: how tokens are drawn.
       reference: gives a copy's bytes a second; called after the measurements, whose most memory in
         use is told.
     """
     for name, config in configs:
         model = config.model.for_vocabulary(random_vocabulary(config.model.vocabulary_size))
         sizes = {"batch": batch, "prompt": prompt, "chunk": chunk, "prompt_rows": prompt_rows}
-        facts = {"config": name, **sizes}
-        yield facts | attempt(_measure, model, *sizes.values(), tokens, repeats, reference)
+        facts = {"config": name, **sizes, "sampling": dataclasses.asdict(sampling)}
+        given = (*sizes.values(), tokens, repeats, sampling, reference)
+        yield facts | attempt(_measure, model, *given)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -108,12 +112,12 @@ def _measure(
     prompt_rows: int,
     tokens: int,
     repeats: int,
+    sampling: Sampling,
     reference: Callable[[], float] | None,
 ) -> dict[str, Any]:
     parameters = jax.jit(lambda: nnx.to_pure_dict(nnx.split(config.make(nnx.Rngs(0)))[1]))()
     drawn = np.random.default_rng(0).integers(0, config.vocabulary_size, (batch, prompt), np.int32)
-    greedy = Sampling(temperature=0.0)
-    requests = [Request(prompt=row, tokens=tokens, sampling=greedy) for row in drawn]
+    requests = [Request(prompt=row, tokens=tokens, sampling=sampling) for row in drawn]
     engine = Engine(
         config,
         RandomVocabulary(config.vocabulary_size),
@@ -127,7 +131,7 @@ def _measure(
     given = engine.prepare(parameters)
     short = drawn[:, : prompt if prompt < chunk else chunk + prompt % chunk]
     some = min(tokens, _WARM_UP)
-    _stream(engine, given, [Request(prompt=x, tokens=some, sampling=greedy) for x in short])
+    _stream(engine, given, [Request(prompt=x, tokens=some, sampling=sampling) for x in short])
     prompts = [dataclasses.replace(request, tokens=1) for request in requests]
     timed_prompts, timed = [], []
     for _ in range(repeats):

@@ -11,6 +11,15 @@ from typing import Any
 from seqeff.cli.parser import Commands, add_output_file, positive, share
 from seqeff.cli.runs import load
 
+_SIZES = {
+    "batch": (1, "rows"),
+    "prompt": (2048, "tokens of a row's prompt"),
+    "tokens": (1000, "tokens that a row is continued by"),
+    "chunk": (512, "tokens of a prompt taken at a time"),
+    "prompt_rows": (8, "prompts that are read at a time"),
+    "repeats": (3, "of all that, of which the median is told"),
+}
+
 
 def add(commands: Commands) -> None:
     """The command and its arguments."""
@@ -23,16 +32,15 @@ def add(commands: Commands) -> None:
     text = "Prompts and their continuations, of random tokens, through the caches of configs."
     continuing = benchmarks.add("generate", _bench_generate, text, True)
     continuing.add_argument("configs", nargs="+", type=Path, help="gin files, one row each")
-    for name, default, text in (
-        ("batch", 1, "rows"),
-        ("prompt", 2048, "tokens of a row's prompt"),
-        ("tokens", 1000, "tokens that a row is continued by"),
-        ("chunk", 512, "tokens of a prompt taken at a time"),
-        ("prompt-rows", 8, "prompts that are read at a time"),
-        ("repeats", 3, "of all that, of which the median is told"),
-    ):
-        text = f"{text} (default: {default})"
-        continuing.add_argument(f"--{name}", type=positive, default=default, help=text)
+    for name, (default, text) in _SIZES.items():
+        option, text = f"--{name.replace('_', '-')}", f"{text} (default: {default})"
+        continuing.add_argument(option, type=positive, default=default, help=text)
+    text = "of the tokens drawn (default: 0, the likeliest)"
+    continuing.add_argument("--temperature", type=float, default=0.0, help=text)
+    text = "draw among the likeliest (default: all)"
+    continuing.add_argument("--top-k", type=positive, help=text)
+    text = "draw among the likeliest that together have this probability (default: all)"
+    continuing.add_argument("--top-p", type=float, metavar="P", help=text)
     batches = benchmarks.add("data", _bench_data, "Batches of synthetic text.")
     text = "Separator attention against cuDNN's dense causal one, on a GPU."
     attention = benchmarks.add("attention", _bench_attention, text)
@@ -70,15 +78,12 @@ def _bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _bench_generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from seqeff.bench.commands import generate
+    from seqeff.inference import Sampling
 
     generate(
         [(str(path), load(path, overrides, None).root) for path in options.configs],
-        options.batch,
-        options.prompt,
-        options.tokens,
-        options.chunk,
-        options.prompt_rows,
-        options.repeats,
+        {name: getattr(options, name) for name in _SIZES},
+        Sampling(**{name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}),
         overrides,
         options.json,
         options.commit,
