@@ -107,6 +107,8 @@ class RunDirectory:
             yield
             return
         with contextlib.ExitStack() as stack:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is a file; choose another directory")
             with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
                 empty = not any(self.path.iterdir())

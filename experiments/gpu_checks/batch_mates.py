@@ -25,7 +25,7 @@ from seqeff.inference import Engine, Request, Sampling, generation_context, most
 _SLOTS, _REQUESTS, _LONGEST, _MOST_TOKENS = 16, 48, 900, 24
 _WAYS = (
     Sampling(temperature=0.0),
-    Sampling(temperature=1.0, top_k=None, seed=5),
+    Sampling(temperature=1.0, seed=5),
     Sampling(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.2, seed=6),
 )
 

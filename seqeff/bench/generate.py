@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # further tokens whose time is one of those of which the slowest is told
 _GROUP = 1000
-_GREEDY = Sampling(temperature=0.0, top_k=None)
+_GREEDY = Sampling(temperature=0.0)
 # tokens of the continuations that warm up
 _WARM_UP = 32
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from seqeff.cli.runs import open_run
 
 if TYPE_CHECKING:
     from seqeff.data import ChatTemplate, Tokenizer
-    from seqeff.inference import Named, Piece
+    from seqeff.inference import Named, Piece, Sampling
     from seqeff.models import TransformerConfig
 
 
@@ -37,21 +38,25 @@ def add(commands: Commands) -> None:
     generate.add_argument("--tokens", type=positive, default=200, help="at most (default: 200)")
     text = "of prompt and continuation, where caches grow (default: the run's row)"
     generate.add_argument("--context", type=positive, metavar="TOKENS", help=text)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
+    text = "0: greedy (default, as of the other settings: the run's Sampling, else 0.8)"
+    generate.add_argument("--temperature", type=float, help=text)
     generate.add_argument("--top-k", type=positive, help="draw among the likeliest (default: all)")
     text = "draw among the likeliest that together have this probability (default: all)"
     generate.add_argument("--top-p", type=float, metavar="P", help=text)
     text = "draw among those at least P times as likely as the likeliest (default: all)"
     generate.add_argument("--min-p", type=float, metavar="P", help=text)
     text = "above 1: tokens that occurred are less likely (default: 1)"
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=text)
+    generate.add_argument("--repetition-penalty", type=float, metavar="X", help=text)
     text = "end before this text; any number of times"
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
     text = "another one draws another continuation (default: 0)"
-    generate.add_argument("--seed", type=int, default=0, help=text)
+    generate.add_argument("--seed", type=int, help=text)
     text = "with --prompts: prompts at a time (default: 16)"
     generate.add_argument("--slots", type=positive, help=text)
-    text = "with --prompts: where results go, a JSON object a line (default: the standard output)"
+    text = (
+        "with --prompts: where results go, a JSON object a line (default: the standard output); "
+        "FILE.jsonl.partial until all are there"
+    )
     add_output_file(generate, "--output", text, "FILE.jsonl")
     text = "with --prompts: the tokens' ids and log-probabilities too"
     generate.add_argument("--log-probabilities", action="store_true", help=text)
@@ -72,10 +77,9 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} is for --prompts FILE.jsonl; give both")
     if options.output is not None and options.output.resolve() == Path(options.prompts).resolve():
         raise UserError(f"--output {options.output} would replace the prompts; give another file")
-    requests = _text_requests(options)
     run, config, tokenizer = open_run(options, overrides)
     chat = ChatTemplate.load(run.tokenizer) if options.apply_chat_template else None
-    named = requests(tokenizer, chat)
+    named = _requests(options, config.sampling, tokenizer, chat)
     model, length = config.model.for_vocabulary(tokenizer.vocabulary()), config.data.sequence_length
     context = generation_context(model, options.context or length)
     if context is None and options.context:
@@ -113,26 +117,30 @@ def _generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _text_requests(
+def _requests(
     options: argparse.Namespace,
-) -> Callable[[Tokenizer, ChatTemplate | None], list[Named]]:
-    """What makes the requests once there is a tokenizer; settings are checked before."""
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
+) -> list[Named]:
+    """What is to be continued, drawn as the run's `sampling` says where the options do not."""
     from seqeff.data.files import decode_utf8, read_bytes
-    from seqeff.inference import Named, Request, Sampling, read_requests, to_request
+    from seqeff.inference import Named, Request, read_requests, to_request
 
-    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    fields = [field.name for field in dataclasses.fields(sampling)]
+    given = {name: x for name in fields if (x := getattr(options, name)) is not None}
     defaults = Request(
         prompt=(0,),
         tokens=options.tokens,
-        sampling=Sampling(**{name: getattr(options, name) for name in fields}),
+        sampling=dataclasses.replace(sampling, **given),
         stops=tuple(options.stop),
     )
     if options.prompts is not None:
-        return lambda tokenizer, chat: read_requests(options.prompts, tokenizer, defaults, chat)
+        return read_requests(options.prompts, tokenizer, defaults, chat)
     text = options.prompt
     if options.prompt_file is not None:
         text = decode_utf8(read_bytes(options.prompt_file), str(options.prompt_file))
-    return lambda tokenizer, chat: [Named(1, to_request(tokenizer, text, defaults, chat))]
+    return [Named(1, to_request(tokenizer, text, defaults, chat))]
 
 
 def _tell_room(

@@ -16,7 +16,7 @@ import numpy as np
 from seqeff.checks import require
 from seqeff.data import Vocabulary
 from seqeff.inference import slots as device
-from seqeff.inference.requests import Occupant, Piece, Reason, Request, check_room
+from seqeff.inference.requests import Occupant, Piece, Reason, Request, check_ids, check_room
 from seqeff.inference.sampling import WAYS, Sampling, Settings, Way
 from seqeff.models import TransformerConfig, cached_parameters, most_kept
 from seqeff.models.caches import kind_of
@@ -68,6 +68,7 @@ class Engine:
       use: of the caches, by the latest stream.
       ended: its requests that have, by the reason; see `failures`.
       rows: of the caches; those past the slots stay empty.
+      vocabulary_size: of the model, whose ids are below it.
       prepare: from the parameters of the `Transformer` to those of a stream.
       empty, read, decode: the programs of `slots.py`.
     """
@@ -106,6 +107,7 @@ class Engine:
             "prompt and its continuation may have together",
         )
         self.context, self.slots, self.steps, self.use = context, slots, steps, CacheUse()
+        self.vocabulary_size = config.vocabulary_size
         self.ended: collections.Counter[Reason] = collections.Counter()
         self.rows = max(slots, _LEAST_ROWS.get(jax.default_backend(), 1))
         self.tokenizer, self.chunks, self.prompt_rows = tokenizer, chunks, prompt_rows
@@ -170,7 +172,7 @@ class Engine:
             with a copy of their cache.
 
         Raises:
-          UserError: see `check_room`.
+          UserError: see `check_ids` and `check_room`.
         """
         self.use, context, start = CacheUse(), self.context, None
         self.ended.clear()
@@ -299,6 +301,7 @@ class _Run:
                 continue
             self._occupants[slot] = None
             for number, request in itertools.islice(self._requests, 1):
+                check_ids(request, self._engine.vocabulary_size)
                 check_room(request, self._context)
                 room = request.tokens
                 if self._context is not None:

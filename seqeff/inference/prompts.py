@@ -48,6 +48,8 @@ def to_request(
         raise UserError(f"the prompt is not valid text: {error}") from error
     if chat is not None:
         ids = tokenizer.encode_marked(chat.render(messages))
+        if not ids:
+            raise UserError("the chat template makes no text of this")
     elif isinstance(prompt, str):
         ids = [tokenizer.begin_of_text, *tokenizer.encode(prompt)]
     else:
@@ -124,7 +126,9 @@ def _named(
 
 def _prompt(fields: Mapping[str, Any]) -> str | Sequence[Mapping[str, str]]:
     if "messages" not in fields:
-        prompt = fields.get("prompt")
+        if "prompt" not in fields:
+            raise UserError("this has neither prompt nor messages: give one of them")
+        prompt = fields["prompt"]
         if not isinstance(prompt, str):
             raise UserError(f"prompt is {prompt!r}: give a text")
         return prompt

@@ -7,12 +7,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from seqeff.checks import UserError, require
 from seqeff.data import Vocabulary
 from seqeff.inference.sampling import Sampling
 from seqeff.inference.text import StoppedText
 
 Reason = Literal["end", "length", "stop", "not finite"]
+
+
+_LISTED = {"prompt": "a tokenizer's ids", "stops": "texts"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,9 @@ class Request:
             1 <= self.tokens < 2**31,
             f"Request.tokens = {self.tokens} must be at least 1, below 2**31",
         )
+        for name in ("prompt", "stops"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"Request.{name} is a text: give a list, of {_LISTED[name]}")
         if not len(self.prompt):
             raise UserError("the prompt is empty: give at least one token")
         if "" in self.stops:
@@ -85,6 +93,16 @@ def check_room(request: Request, context: int | None) -> None:
             f"the prompt has {length} tokens; the context of {context} leaves room for "
             f"{context - 1} before the first new one; --context gives more, and bounded separators "
             "in every layer take any number (--gin.SeparatorAttention.separators)"
+        )
+
+
+def check_ids(request: Request, vocabulary_size: int) -> None:
+    """Raises a UserError if a request's prompt has what is no id of the model."""
+    ids = np.asarray(request.prompt)
+    if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= vocabulary_size:
+        raise UserError(
+            "the prompt has what is no id of the model: give whole numbers from 0 to "
+            f"{vocabulary_size - 1}"
         )
 
 

@@ -38,7 +38,7 @@ class Sampling:
     """
 
     temperature: float = 0.8
-    top_k: int | None = 50
+    top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0

@@ -106,12 +106,12 @@ REQUESTS = [
         (12, 3, 20, 9, 1, 17, 8),
         (
             GREEDY,
-            Sampling(temperature=1.0, top_k=None, seed=1),
+            Sampling(temperature=1.0, seed=1),
             GREEDY,
             Sampling(temperature=0.7, top_p=0.8, seed=2),
             Sampling(seed=3),
             GREEDY,
-            Sampling(temperature=1.0, top_k=None, repetition_penalty=1.3, seed=4),
+            Sampling(temperature=1.0, repetition_penalty=1.3, seed=4),
         ),
         strict=True,
     )
@@ -157,7 +157,7 @@ def test_a_request_does_not_depend_on_the_others_to_the_last_bit(name, made, tok
     config, model = made(name)
     config = dataclasses.replace(config, dtype="bfloat16")
     lengths = np.random.default_rng(4).integers(1, 150, 24)
-    samplings = (GREEDY, Sampling(temperature=1.0, top_k=None, seed=5), Sampling(seed=6))
+    samplings = (GREEDY, Sampling(temperature=1.0, seed=5), Sampling(top_k=50, seed=6))
     requests = [
         Request(prompt=prompt, tokens=1 + number % 7, sampling=samplings[number % 3])
         for number, prompt in enumerate(prompts(*lengths, seed=8))
@@ -255,6 +255,18 @@ def test_the_context_is_filled_and_not_exceeded(made, tokenizer):
         assert reason == "end" or len(request.prompt) + len(tokens) == 32
     with pytest.raises(UserError, match="32 tokens; the context of 32 leaves room for 31"):
         gather(engine, model, [Request(prompt=[1] * 32, tokens=1)])
+
+
+def test_prompts_that_are_none(made, tokenizer):
+    config, model = made("dense")
+    engine = Engine(config, tokenizer, context=64)
+    for prompt in ([1, config.vocabulary_size], [-1], [0.5]):
+        with pytest.raises(UserError, match="no id of the model: give whole numbers from 0 to"):
+            gather(engine, model, [Request(prompt=prompt, tokens=1)])
+    with pytest.raises(UserError, match="prompt is a text: give a list, of a tokenizer's ids"):
+        Request(prompt="The", tokens=1)
+    with pytest.raises(UserError, match="stops is a text: give a list, of texts"):
+        Request(prompt=[1], tokens=1, stops="ab")
 
 
 def test_it_ends_before_the_end_of_text(made, tokenizer, monkeypatch):

@@ -41,6 +41,16 @@ def test_what_cannot_be_generated(finished, no_devices, options, expected):
     assert expected in refused("generate", finished, *options)
 
 
+def test_what_is_not_given_is_as_the_run_draws(finished):
+    command = ["generate", finished, "--prompt", "the cat", "--tokens", 8]
+    greedy = seqeff(*command, "--temperature", 0).output
+    assert seqeff(*command, "--gin.Sampling.temperature=0").output == greedy
+    hot = [*command, "--temperature", 1e5]
+    assert seqeff(*hot, "--gin.Sampling.top_k=1").output == greedy
+    assert seqeff(*hot).output != greedy
+    assert seqeff(*hot, "--seed", 1).output == seqeff(*hot, "--gin.Sampling.seed=1").output
+
+
 def test_a_longer_context(finished, tmp_path):
     command = ["generate", finished, "--temperature", 0, "--tokens", 40]
     cut = seqeff(*command, "--prompt", "the cat")
@@ -154,7 +164,7 @@ def test_prompts_of_a_file(finished, tmp_path, monkeypatch):
         ("{", "line 2: this is not JSON"),
         ("[]", "line 2: this is no JSON object"),
         ('{"promt": "a"}', "line 2: there is no field 'promt'; did you mean 'prompt'?"),
-        ("{}", "line 2: prompt is None: give a text"),
+        ("{}", "line 2: this has neither prompt nor messages"),
         ('{"prompt": 3}', "line 2: prompt is 3: give a text"),
         ('{"prompt": "", "messages": []}', "line 2: this has both prompt and messages"),
         ('{"messages": []}', "line 2: messages is []: give a list of objects"),

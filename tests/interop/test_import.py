@@ -360,6 +360,8 @@ def test_a_directory_of_something_else_is_left_alone(source, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("")
     assert "neither empty nor a run directory" in refused("import", source, tmp_path / "other")
+    line = refused("import", source, tmp_path / "other/file")
+    assert line == f"{tmp_path / 'other/file'} is a file; choose another directory"
 
 
 def test_an_import_that_was_interrupted_is_done_again(source, imported, tmp_path):

@@ -167,12 +167,20 @@ def test_the_example_takes_the_likeliest_tokens(runs, given):
         np.testing.assert_array_equal(row[len(prompt) - 1 :][:6], more)
 
 
-def test_the_example_says_where_there_is_no_room(runs):
-    folder = runs["learned positions"].path / "stablehlo"
+def loaded(folder):
+    """By the example that lies beside it."""
     spec = importlib.util.spec_from_file_location("example", folder / "example.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    model = module.Model(folder)
+    return module.Model(folder)
+
+
+def test_the_example_says_where_there_is_no_room(runs):
+    fixed = loaded(runs["fixed"].path / "stablehlo")
+    length = fixed.about["arrays"]["tokens"]["shape"][1]
+    with pytest.raises(SystemExit, match=f"a prompt has {length + 1} tokens, of {length} it may"):
+        fixed.generate([[1] * (length + 1)], 2)
+    model = loaded(runs["learned positions"].path / "stablehlo")
     assert model.generate([[1, 2, 3]], 2).shape == (1, 2)
     with pytest.raises(SystemExit, match="more tokens than the cache or the positions have room"):
         model.generate([[1] * model.about["most_tokens"]], 3)

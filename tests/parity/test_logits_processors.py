@@ -11,7 +11,7 @@ from seqeff.inference.sampling import Sampling, Settings, filtered
 pytestmark = pytest.mark.parity
 
 ROWS, SIZE = 64, 300
-PLAIN = Sampling(temperature=1.0, top_k=None)
+PLAIN = Sampling(temperature=1.0)
 
 
 @pytest.mark.parametrize(

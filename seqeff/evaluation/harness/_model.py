@@ -78,10 +78,10 @@ def _request(
     tokens = given.pop("max_gen_toks")
     # a temperature is left above 0 only where a task says `do_sample`, or says neither
     given.pop("do_sample")
-    sampling: dict[str, Any] = {"temperature": 0.0, "top_k": None, "seed": seed}
+    sampling: dict[str, Any] = {"temperature": 0.0, "seed": seed}
     sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
     # as transformers writes that all may be drawn
-    sampling["top_k"] = sampling["top_k"] or None
+    sampling["top_k"] = sampling.get("top_k") or None
     for name, value in given.items():
         if value is not None and (name not in _NEUTRAL or _NEUTRAL[name] != value):
             raise UserError(f"a task asks to generate with {name} = {value}, which is not here")

@@ -20,7 +20,7 @@ from seqeff.inference import CacheUse, Engine, Request, Sampling, failures
 from seqeff.models import TransformerConfig
 from seqeff.models.flops import abstract_model, entries_of_tokens
 
-_GREEDY = Sampling(temperature=0, top_k=None)
+_GREEDY = Sampling(temperature=0)
 # of whole rows at a time
 _ROWS = 4
 

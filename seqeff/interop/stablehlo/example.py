@@ -61,10 +61,12 @@ class Model:
 
     def generate(self, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
         """The ids of so many tokens after each prompt; [prompts, count]."""
-        longest = _rounded(max(map(len, prompts)))
-        room = _rounded(longest + count)
-        sizes = {"batch": len(prompts), "length": longest, "context": room, "kept": room}
+        longest = max(map(len, prompts))
+        length, room = _rounded(longest), _rounded(longest + count)
+        sizes = {"batch": len(prompts), "length": length, "context": room, "kept": room}
         tokens, counts = self.zeros("tokens", **sizes), self.zeros("count", **sizes)
+        if longest > tokens.shape[1]:
+            raise SystemExit(f"a prompt has {longest} tokens, of {tokens.shape[1]} it may have")
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
         logits, cache = self.prefill(self.zeros("cache", **sizes), tokens, counts)
