@@ -83,7 +83,7 @@ def test_a_table_and_a_report(finished, tmp_path):
 def test_one_task_with_several_settings(finished):
     """As the README has it."""
     text = (Path(__file__).parents[3] / "README.md").read_text()
-    (command,) = re.findall(r"`(--gin\.Retrieval\.tasks=[^`]*)`", text)
+    (command,) = re.findall(r"`seqeff eval DIR --retrieval mqar (--gin[^`]*)`", text)
     overrides, rest = split_overrides(shlex.split(command))
     found = load(finished / "operative_config.gin", overrides, others=["Retrieval"])
     tasks = {"mqar-8": AssociativeRecall(), "mqar-64": AssociativeRecall(pairs=64)}
