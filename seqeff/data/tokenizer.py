@@ -161,6 +161,11 @@ class Tokenizer:
         """What closes every document of the token stream; nothing where one id begins and ends."""
         return () if self.begin_of_text == self.end_of_text else (self.end_of_text,)
 
+    def ends_among(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Those that can end a text: tokens that are added to the vocabulary, not parts of text."""
+        added = self._inner.get_added_tokens_decoder()
+        return tuple(index for index in ids if index in added)
+
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and its `COMPANIONS`, of which one names the end of text."""
         (directory / TOKENIZER).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
@@ -203,8 +208,8 @@ class Tokenizer:
         tokenizer._companions = {x.name: read_bytes(x) for x in found if x.is_file()}
         if GENERATION in tokenizer._companions:
             listed = ends_listed(file.with_name(GENERATION)) or ()
-            known = (end for end in listed if end < tokenizer.vocabulary_size)
-            tokenizer.ends_of_text = tuple(dict.fromkeys((tokenizer.end_of_text, *known)))
+            ends = (tokenizer.end_of_text, *tokenizer.ends_among(listed))
+            tokenizer.ends_of_text = tuple(dict.fromkeys(ends))
         return tokenizer
 
     @functools.cached_property

@@ -153,13 +153,15 @@ def _ends(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     files = (directory / name for name in (GENERATION, "config.json"))
     found = (ends_listed(file) for file in files if file.is_file())
     listed = next((ends for ends in found if ends is not None), ())
-    if unknown := [str(end) for end in listed if end >= tokenizer.vocabulary_size]:
+    known = tokenizer.ends_among(listed)
+    if others := [str(end) for end in listed if end not in known]:
         print(
-            f"seqeff: the model in {directory} ends texts with {', '.join(unknown)}, which its "
-            f"tokenizer lacks; here {tokenizer.end_of_text_name!r} does, as the tokenizer says",
+            f"seqeff: the model in {directory} ends texts with {', '.join(others)}, no special "
+            f"token of its tokenizer; here {tokenizer.end_of_text_name!r} does, as the tokenizer "
+            "says",
             file=sys.stderr,
         )
-    return tuple(end for end in listed if end < tokenizer.vocabulary_size)
+    return known
 
 
 def _family(settings: Settings) -> Family:

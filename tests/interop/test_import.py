@@ -476,16 +476,21 @@ def test_a_tokenizer_of_vocabulary_and_merges(source, imported, tmp_path):
 def test_all_ends_of_text_come_along(place, source, tmp_path):
     file = source / place
     settings = json.loads(file.read_text()) if file.exists() else {"temperature": 0.5}
-    write_json(file, settings | {"eos_token_id": [5, 0, 999_999]})
+    inner = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    inner.add_special_tokens(["<|answered|>"])
+    answered = inner.token_to_id("<|answered|>")
+    inner.save(str(source / "tokenizer.json"))
+    # 5 is text
+    write_json(file, settings | {"eos_token_id": [answered, 0, 5, 999_999]})
     result = seqeff("import", source, tmp_path / "run")
     assert result.status == 0
-    assert "ends texts with 999999, which its tokenizer lacks" in result.errors
+    assert "ends texts with 5, 999999, no special token of its tokenizer" in result.errors
     tokenizer = Tokenizer.load(tmp_path / "run/tokenizer")
-    assert tokenizer.ends_of_text == (0, 5)
+    assert tokenizer.ends_of_text == (0, answered)
     done("export", tmp_path / "run", "--to", "hf", "--output", tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [0, 5]
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [0, answered]
     done("import", tmp_path / "out", tmp_path / "again")
-    assert Tokenizer.load(tmp_path / "again/tokenizer").ends_of_text == (0, 5)
+    assert Tokenizer.load(tmp_path / "again/tokenizer").ends_of_text == (0, answered)
     done("export", tmp_path / "again", "--to", "hf", "--output", tmp_path / "same")
     assert files_of(tmp_path / "same") == files_of(tmp_path / "out")
     kept = json.loads((tmp_path / "again/tokenizer/generation_config.json").read_text())
