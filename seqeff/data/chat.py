@@ -13,9 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from seqeff.checks import UserError
 from seqeff.data.files import decode_utf8, read_bytes, read_object
+from seqeff.data.tokenizer import CHAT, SETTINGS, SPECIAL, token_name
 
-_FILE = "chat_template.jinja"
-_SETTINGS_FILE, _SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
 # stands at the end of a message that is to go on, until what the template puts there is cut off
 _END = "CONTINUE_FINAL_MESSAGE_TAG "
 # earlier ones are known not to keep a template in its sandbox
@@ -43,11 +42,11 @@ class ChatTemplate(NamedTuple):
           UserError: there is none, or several of which none is called default, or no valid one;
             Jinja is absent.
         """
-        beside = directory / _SETTINGS_FILE
+        beside = directory / SETTINGS
         settings: dict[str, Any] = {}
-        for kept in (directory / _SPECIAL_FILE, beside):
+        for kept in (directory / SPECIAL, beside):
             settings |= read_object(kept) if kept.is_file() else {}
-        file = directory / _FILE
+        file = directory / CHAT
         if file.is_file():
             text: Any = decode_utf8(read_bytes(file), str(file))
         else:
@@ -56,12 +55,12 @@ class ChatTemplate(NamedTuple):
             text = {one.get("name"): one.get("template") for one in text}.get("default")
         if text is None:
             raise UserError(
-                f"{directory} has no chat template, neither {_FILE} nor chat_template in "
-                f"{_SETTINGS_FILE}; leave --apply-chat-template out for a model without one"
+                f"{directory} has no chat template, neither {CHAT} nor chat_template in "
+                f"{SETTINGS}; leave --apply-chat-template out for a model without one"
             )
         if not isinstance(text, str):
             raise UserError(f"{file}: the chat template is no text")
-        found = {name: _spelling(x) for name, x in settings.items() if name.endswith("_token")}
+        found = {name: token_name(x) for name, x in settings.items() if name.endswith("_token")}
         made = cls(text, {name: x for name, x in found.items() if x is not None})
         try:
             _compiled(text)
@@ -110,11 +109,6 @@ class ChatTemplate(NamedTuple):
         place = text.rindex(_END.strip())
         kept = text[place : place + len(_END)] == _END
         return text[:place] if kept else text[:place].rstrip()
-
-
-def _spelling(value: Any) -> str | None:
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
 
 
 @functools.lru_cache(maxsize=8)

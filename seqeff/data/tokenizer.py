@@ -31,8 +31,12 @@ END_OF_TEXT_NAMES = (
     "[EOS]",
 )
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-GENERATION = "generation_config.json"
-COMPANIONS = (SETTINGS, "special_tokens_map.json", "chat_template.jinja", GENERATION)
+SPECIAL, CHAT, GENERATION = (
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+COMPANIONS = (SETTINGS, SPECIAL, CHAT, GENERATION)
 """What may stand beside a `tokenizer.json`, and goes with it."""
 # the library needs about 140 bytes of memory a character of a text
 LONGEST_PIECE = 1 << 20
@@ -303,6 +307,12 @@ def ends_listed(file: Path) -> tuple[int, ...] | None:
         if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
             raise UserError(f"{file}: eos_token_id = {found!r} is neither an id nor a list of ids")
     return tuple(ends) or None
+
+
+def token_name(value: Any) -> str | None:
+    """A token as settings name it: by its text, or as an object."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
 
 
 def _name(file: Path, settings: Mapping[str, Any], field: str) -> str | None:

@@ -172,8 +172,8 @@ def _divisor(settings: Settings) -> Float[Array, "rows 1"]:
 def _floor(scores: Float[Array, "rows vocabulary"], settings: Settings) -> Float[Array, " rows"]:
     """The least score that may be drawn: the filters follow each other, as their fields do.
 
-    Bits of it are found one after another, each by a sum over the vocabulary: a sort, which puts
-    all of it in order, takes ten times as long on a CPU.
+    Bits of it are found one after another, each by a sum over the vocabulary, of which a sort would
+    put every score in order.
     """
     keys, size = _ordered(scores), scores.shape[1]
     top_k = jnp.where(settings.top_k == 0, size, jnp.minimum(settings.top_k, size))

@@ -16,7 +16,7 @@ import numpy as np
 
 from seqeff.checks import UserError, flatten
 from seqeff.data import Tokenizer
-from seqeff.data.tokenizer import SETTINGS
+from seqeff.data.tokenizer import GENERATION, SETTINGS, ends_listed
 from seqeff.interop.families import FAMILIES
 from seqeff.interop.family import Family
 from seqeff.interop.merges import merge
@@ -108,6 +108,7 @@ def export_model(
             text = variant.modelling(family)
             (partial / variant.file).write_text(text, encoding="utf-8")
         _write_tokenizer(run, partial)
+        _write_ends(partial / GENERATION, settings["eos_token_id"], ends)
         tensors = placements(family.tensors(merged.plain), shapes)
         # transformers takes earlier names for its own models alone
         by_theirs = {tensor.names[-1 if variant else 0]: tensor for tensor in tensors}
@@ -237,6 +238,12 @@ def _write_tokenizer(run: RunDirectory, directory: Path) -> None:
     if "tokenizer_class" not in settings:
         settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         _write_json(directory / SETTINGS, settings)
+
+
+def _write_ends(file: Path, end: Any, ends: tuple[int, ...]) -> None:
+    """Has settings of generation, which come before those of the model, name the same ends."""
+    if file.is_file() and {*(ends_listed(file) or ())} != {*ends}:
+        _write_json(file, {**Settings.load(file).values, "eos_token_id": end})
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

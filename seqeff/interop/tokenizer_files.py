@@ -13,10 +13,9 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from seqeff.checks import UserError
-from seqeff.data.tokenizer import COMPANIONS, SETTINGS, TOKENIZER
+from seqeff.data.tokenizer import COMPANIONS, SETTINGS, SPECIAL, TOKENIZER, token_name
 from seqeff.interop.settings import Settings
 
-_SPECIAL = "special_tokens_map.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 
 
@@ -31,12 +30,6 @@ def tokenizer_settings(directory: Path) -> Mapping[str, Any]:
     """The values of the `tokenizer_config.json` of a directory; none without one."""
     file = directory / SETTINGS
     return Settings.load(file).values if file.is_file() else {}
-
-
-def token_name(value: Any) -> str | None:
-    """A token as settings name it: by its text, or as an object."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
 
 
 @contextlib.contextmanager
@@ -72,7 +65,7 @@ def _byte_level(directory: Path) -> tokenizers.Tokenizer:
             f"cannot read {_VOCABULARY} and {_MERGES} in {directory}: {error}"
         ) from error
     settings = tokenizer_settings(directory)
-    file = directory / _SPECIAL
+    file = directory / SPECIAL
     special = {**settings, **(Settings.load(file).values if file.is_file() else {})}
     names = [
         name

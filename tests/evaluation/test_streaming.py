@@ -40,7 +40,6 @@ CONFIG = TransformerConfig(
     dtype="float32",
     attention_backend="reference",
 )
-
 SIZES = ByteLengths(np.arange(VOCABULARY) % 4, np.arange(VOCABULARY) % 3, begin=3)
 RANDOM = np.random.default_rng(0)
 BOOKS = [

@@ -472,7 +472,10 @@ def test_a_tokenizer_of_vocabulary_and_merges(source, imported, tmp_path):
     assert f"cannot read vocab.json and merges.txt in {source}" in line
 
 
-@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+ENDS_IN = ("config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("place", ENDS_IN)
 def test_all_ends_of_text_come_along(place, source, tmp_path):
     file = source / place
     settings = json.loads(file.read_text()) if file.exists() else {"temperature": 0.5}
@@ -488,7 +491,8 @@ def test_all_ends_of_text_come_along(place, source, tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "run/tokenizer")
     assert tokenizer.ends_of_text == (0, answered)
     done("export", tmp_path / "run", "--to", "hf", "--output", tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [0, answered]
+    out = [json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] for name in ENDS_IN]
+    assert out[0] == [0, answered] and {*out[1]} == {*out[0]}
     done("import", tmp_path / "out", tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again/tokenizer").ends_of_text == (0, answered)
     done("export", tmp_path / "again", "--to", "hf", "--output", tmp_path / "same")

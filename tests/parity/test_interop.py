@@ -191,6 +191,7 @@ def test_in_and_out(case, saved, torch, transformers, tmp_path):
     text = "the dog, and\n the cat"
     assert tokenizer(text)["input_ids"] == Tokenizer.load(run / "tokenizer").encode(text)
     assert tokenizer.eos_token_id == again.config.eos_token_id
+    assert tokenizer.eos_token_id == again.generation_config.eos_token_id
 
     twice = exported(imported(out, tmp_path / "run2"), tmp_path / "out2")
     assert files_of(out) == files_of(twice)

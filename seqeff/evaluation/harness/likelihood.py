@@ -48,8 +48,8 @@ class Likelihoods:
     """Scores continuations, many at a time.
 
     Pairs that differ in their last token alone, as the choices of a question often do, share a row.
-    A row's scores do not depend on the others, to the last bit: the shapes that it is computed in
-    follow from its own length.
+    A row's scores do not depend on the others: the shapes that it is computed in follow from its
+    own length.
     """
 
     def __init__(
