@@ -25,7 +25,7 @@ from seqeff_kernels.rotate_and_append import explain as explain_appending
 
 _OPTIONAL = {
     "wandb": ("wandb", "Train.tracker = @Wandb()", "wandb"),
-    "jax_triton": ("jax-triton", "Triton kernels on NVIDIA GPUs", "'seqeff[gpu]'"),
+    "triton": ("triton", "Triton kernels on NVIDIA GPUs", "'seqeff[gpu]'"),
     "matplotlib": ("matplotlib", "plots of eval --plot", "'seqeff[plot]'"),
     "lm_eval": ("lm_eval", "tasks of eval --harness", "'seqeff[harness]'"),
     "torch": ("torch", "comparisons with PyTorch", "'seqeff[parity]'"),

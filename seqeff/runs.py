@@ -33,7 +33,6 @@ _PACKAGES = (
     "wandb",
     "lm_eval",
     "jax-cuda13-plugin",
-    "jax-triton",
     "triton",
 )
 

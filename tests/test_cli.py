@@ -442,7 +442,7 @@ def test_info_tells_what_is_here():
         "Optimizer: AdamW, Muon",
         "xla: available",
         "cudnn: it needs a CUDA device",
-        "jax-triton",
+        "triton",
     ):
         assert text in result.output
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,11 @@ from jax import Array
 
 TESTED_JAX = "0.11.2"
 TESTED_TRITON = "3.6"
-TESTED_JAX_TRITON = "0.3.1"
+
+_TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+_LANES = 32
+# bytes that every array of XLA's is aligned to, which lets Triton read vectors
+_ALIGNED = 16
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -81,17 +86,13 @@ def triton_obstacle() -> str | None:
         return f"it needs a CUDA device; the default backend is {jax.default_backend()}"
     if capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
-    return partition_obstacle() or _missing_packages()
+    return partition_obstacle() or _missing_package()
 
 
 @functools.cache
-def _missing_packages() -> str | None:
-    for name in ("triton", "jax_triton"):
-        if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed; pip install 'seqeff[gpu]' brings the tested versions"
-    found = importlib.metadata.version("jax-triton")
-    if found != TESTED_JAX_TRITON:
-        return f"it is tested with jax-triton {TESTED_JAX_TRITON}, not {found}"
+def _missing_package() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'seqeff[gpu]' brings the tested version"
     found = importlib.metadata.version("triton")
     if not found.startswith(TESTED_TRITON + "."):
         return f"it is tested with triton {TESTED_TRITON}, not {found}"
@@ -111,18 +112,54 @@ def triton_call(
 ) -> list[Array]:
     """Runs a `triton.jit` kernel, whose parameters are inputs, outputs and constants, in order.
 
+    XLA may record the call in a CUDA graph, with the kernels before and after it.
+
     Args:
       aliases: input to output: the output begins as the input's contents, in its memory.
     """
-    import jax_triton  # pyright: ignore[reportMissingImports]
+    from jaxlib import gpu_triton
 
-    return jax_triton.triton_call(
-        *inputs,
-        kernel=kernel,
-        out_shape=list(outputs),
-        grid=grid,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        input_output_aliases=aliases,
-        **constants,
+    major, minor = compute_capability() or (0, 0)
+    capability, arrays = 10 * major + minor, (*inputs, *outputs)
+    compiled = compile_triton(kernel, arrays, num_warps, num_stages, constants, capability)
+    program = gpu_triton.TritonKernel(
+        compiled.metadata.name,
+        num_warps,
+        1,
+        compiled.metadata.shared,
+        compiled.asm["ptx"],
+        compiled.asm["ttir"],
+        capability,
     )
+    pointers = [gpu_triton.create_array_parameter(0, _ALIGNED) for _ in arrays]
+    x, y, z = (*grid, 1, 1)[:3]
+    launch = gpu_triton.TritonKernelCall(program, x, y, z, pointers)
+    call = jax.ffi.ffi_call(
+        "triton_kernel_call_ffi", list(outputs), input_output_aliases=aliases or {}
+    )
+    return list(call(*inputs, opaque=zlib.compress(launch.to_proto(kernel.__name__, b""))))
+
+
+def compile_triton(
+    kernel: Any,
+    arrays: Sequence[Array | jax.ShapeDtypeStruct],
+    num_warps: int,
+    num_stages: int,
+    constants: Mapping[str, Any],
+    capability: int,
+) -> Any:
+    """The `triton.compiler.CompiledKernel` of a kernel for a compute capability such as 90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = [f"*{_TRITON_TYPES[str(array.dtype)]}" for array in arrays]
+    source = ASTSource(
+        kernel,
+        signature=dict(zip(kernel.arg_names, types, strict=False))
+        | dict.fromkeys(constants, "constexpr"),
+        constexprs=dict(constants),
+        attrs={(place,): [["tt.divisibility", _ALIGNED]] for place in range(len(arrays))},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, _LANES), options=options)

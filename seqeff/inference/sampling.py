@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 import jax
@@ -170,48 +170,15 @@ def _divisor(settings: Settings) -> Float[Array, "rows 1"]:
 
 
 def _floor(scores: Float[Array, "rows vocabulary"], settings: Settings) -> Float[Array, " rows"]:
-    """The least score that may be drawn: the filters follow each other, as their fields do.
-
-    Bits of it are found one after another, each by a sum over the vocabulary, of which a sort would
-    put every score in order.
-    """
-    keys, size = _ordered(scores), scores.shape[1]
-    top_k = jnp.where(settings.top_k == 0, size, jnp.minimum(settings.top_k, size))
-    last = _greatest(top_k.shape, lambda key: (keys >= key[:, None]).sum(1) >= top_k)
-    # of the softmax over just so many, among those as likely as the last
-    most = scores.max(1)
-    mass = jnp.exp(scores - most[:, None])
-    above = keys > last[:, None]
-    as_last = jnp.exp(_of_ordered(last) - most)
-    total = jnp.where(above, mass, 0).sum(1) + (top_k - above.sum(1)) * as_last
-    wanted = settings.top_p * total
-    enough = _greatest(
-        top_k.shape, lambda key: jnp.where(keys >= key[:, None], mass, 0).sum(1) >= wanted
-    )
-    floor = jnp.minimum(_of_ordered(jnp.maximum(last, enough)), most)
-    return jnp.maximum(floor, most + jnp.log(settings.min_p))
-
-
-def _greatest(
-    shape: tuple[int, ...], holds: Callable[[Int[Array, " rows"]], Bool[Array, " rows"]]
-) -> Int[Array, " rows"]:
-    """The greatest int32 of each row for which something holds that holds for all below it."""
-
-    def next_bit(bit: Int[Array, ""], found: Int[Array, " rows"]) -> Int[Array, " rows"]:
-        # from the least number on, the first of which is the sign's
-        higher = found + jnp.left_shift(jnp.int32(1), 31 - bit)
-        return jnp.where(holds(higher), higher, found)
-
-    least = jnp.full(shape, jnp.iinfo(jnp.int32).min)
-    return jax.lax.fori_loop(0, 32, next_bit, least)
-
-
-def _ordered(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """int32 in the order of float32."""
-    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def _of_ordered(keys: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    bits = jnp.where(keys < 0, keys ^ jnp.iinfo(jnp.int32).max, keys)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    """The least score that may be drawn: the filters follow each other, as their fields do."""
+    size = scores.shape[1]
+    ordered = -jnp.sort(-scores, axis=1)
+    place = jnp.arange(size)
+    top_k = jnp.where(settings.top_k == 0, size, jnp.minimum(settings.top_k, size))[:, None]
+    among = jnp.where(place < top_k, ordered, -jnp.inf)
+    probability = jax.nn.softmax(among, axis=1)
+    before = jnp.cumsum(probability, axis=1) - probability
+    kept = (place < top_k) & (before < settings.top_p[:, None]) | (place == 0)
+    last = kept.sum(1, keepdims=True) - 1
+    floor = jnp.take_along_axis(ordered, last, axis=1)[:, 0]
+    return jnp.maximum(floor, ordered[:, 0] + jnp.log(settings.min_p))

@@ -355,7 +355,7 @@ def test_custom_calls_of_kernels(monkeypatch):
 
     def kernel(queries, blocks):
         shape = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
-        return jax.ffi.ffi_call("triton_kernel_call", shape)(queries), None
+        return jax.ffi.ffi_call("triton_kernel_call_ffi", shape)(queries), None
 
     monkeypatch.setattr("seqeff.models.attend.decode_attention", kernel)
     model = short(llama(), layers=1, attention_backend="auto")
@@ -363,7 +363,7 @@ def test_custom_calls_of_kernels(monkeypatch):
     sizes = {"batch": 1, "length": 64, "context": 64}
     exported = Functions(model, KNOWN, weights, sizes).exported("decode")
     assert exported.platforms == (jax.default_backend(),)
-    assert "@triton_kernel_call" in exported.mlir_module()
+    assert "@triton_kernel_call_ffi" in exported.mlir_module()
     monkeypatch.setattr("seqeff.interop.stablehlo.functions._CUSTOM_CALLS", ())
-    with pytest.raises(ValueError, match="triton_kernel_call"):
+    with pytest.raises(ValueError, match="triton_kernel_call_ffi"):
         Functions(model, KNOWN, weights, sizes).exported("decode")

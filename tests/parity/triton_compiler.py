@@ -14,18 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import triton
 from jax import Array
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from seqeff_kernels import CacheBlock, RangeSource, TokenSource, gpu, pack
 from seqeff_kernels.decode_attention import triton as decoding
 from seqeff_kernels.range_attention import triton as ranges
 from seqeff_kernels.rotate_and_append import triton as appending
-
-_TYPES = {"bfloat16": "bf16", "float32": "fp32", "int32": "i32"}
-_LANES = 32
 
 
 def main(capability: int, kibibytes: int, head_dim: int) -> set[str]:
@@ -47,14 +41,9 @@ def main(capability: int, kibibytes: int, head_dim: int) -> set[str]:
         aliases: dict[int, int] | None = None,
         **constants: Any,
     ) -> list[Array]:
-        types = [f"*{_TYPES[str(array.dtype)]}" for array in (*inputs, *outputs)]
-        signature = dict(zip(kernel.arg_names, types, strict=False))
-        signature |= dict.fromkeys(constants, "constexpr")
-        taken = triton.compile(
-            ASTSource(kernel, signature=signature, constexprs=constants),
-            target=GPUTarget("cuda", capability, _LANES),
-            options={"num_warps": num_warps, "num_stages": num_stages},
-        ).metadata.shared
+        arrays = (*inputs, *outputs)
+        made = gpu.compile_triton(kernel, arrays, num_warps, num_stages, constants, capability)
+        taken = made.metadata.shared
         if taken > 1024 * kibibytes:
             raise ValueError(f"{kernel.__name__} takes {taken / 1024:.1f} KiB of {kibibytes}")
         compiled.add(kernel.__name__)

@@ -29,7 +29,7 @@ ARGUMENTS = {
 
 _PLATFORMS = ("cpu", "cuda")
 # of the GPU kernels; jax does not vouch that its later versions know all of them
-_CUSTOM_CALLS = ("triton_kernel_call", "mosaic_gpu_v2")
+_CUSTOM_CALLS = ("triton_kernel_call_ffi", "mosaic_gpu_v2")
 
 
 class Spec(NamedTuple):

@@ -37,8 +37,8 @@ _MOST_SOURCES = 3
 # head sizes with their dtypes, and devices, on which experiments/gpu_checks/attention.py has passed
 TESTED = frozenset(itertools.product((64, 80, 96, 128, 256), ("bfloat16", "float16")))
 TESTED_CAPABILITIES = ((9, 0),)
-# of shared memory, that gradients of entries take with heads of 256; cards for desks have less
-_WIDE_GRADIENT_BYTES = 113 * 1024
+# of shared memory, that gradients take with heads of 256; cards other than Hopper's may have less
+_WIDE_GRADIENT_BYTES = 165 * 1024
 # above every entry, with room for adding a tile
 _NOWHERE = 1 << 30
 
@@ -103,10 +103,12 @@ def plan(head_dim: int, dtype: str) -> Plan:
         return Plan(small, small, Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 2))
     if head_dim > 128:
         # with the tiles of smaller heads, accumulators do not fit in registers
+        queries = Tiles(64, 32, 4, 4, full=False)
         packed, entries = Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)
         if gpu.shared_memory() < _WIDE_GRADIENT_BYTES:
+            queries = Tiles(32, 32, 4, 2, full=False)
             packed, entries = Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 2)
-        return Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 4, full=False), packed, entries)
+        return Plan(Tiles(64, 32, 4, 2), queries, packed, entries)
     if head_dim > 64:
         entries = Tiles(32, 64, 4, 3)
         return Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), entries, entries)
