@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -78,7 +79,10 @@ class JoinedLayer(nnx.Module):
 
 
 def joined_parameters(config: TransformerConfig, layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a `JoinedLayer` from those of the `Layer`, as pure dicts."""
+    """Parameters of a `JoinedLayer` from those of the `Layer`, as pure dicts.
+
+    In the activations' type, all: a conversion would be a kernel of its own in every step.
+    """
     heads, feed_forward = layer["projections"], layer["feed_forward"]
     before = [
         _after_norm(norm, part[name])
@@ -90,7 +94,7 @@ def joined_parameters(config: TransformerConfig, layer: Mapping[str, Any]) -> di
         if name in _parts(config)
     ]
     after = heads["output"], feed_forward["down"]
-    return {
+    joined = {
         "into": {
             name: jnp.concatenate([linear[name] for linear in before], axis=-1)
             for name in ("kernel", "bias")
@@ -100,6 +104,7 @@ def joined_parameters(config: TransformerConfig, layer: Mapping[str, Any]) -> di
             "bias": sum(map(_bias, after)),
         },
     }
+    return jax.tree.map(lambda x: x.astype(config.dtype), joined)
 
 
 def _parts(config: TransformerConfig) -> dict[str, int]:
